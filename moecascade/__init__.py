@@ -1,0 +1,1 @@
+"""Cascade: utility-driven speculative decoding for mixture-of-experts models."""

@@ -1,0 +1,159 @@
+"""Which policy decides for which request: the one object that an engine adapter talks to.
+
+Requests under the same spec share one policy object, so what it learns serves all of them. A policy
+that raises costs its own requests their speculation and nothing else: they go on at K = 0, the
+fault is counted and reported, the other policies do not notice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from moecascade import policies
+from moecascade.options import RequestOptions, ServerOptions
+from moecascade.policies import Policy
+from moecascade.steps import Decision, Step
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class _Group:
+    """A policy object and the requests that it decides for."""
+
+    spec: str
+    policy: Policy
+    members: set[str]
+
+
+class Controller:
+    """Policies and requests of one engine.
+
+    Args:
+        options: The server's configuration.
+        max_k: The longest draft that the engine can verify.
+        on_fault: Told of each fault: the spec of the policy and what it raised.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        max_k: int,
+        on_fault: Callable[[str, Exception], None],
+    ) -> None:
+        """Make the server's default policy, so that bad configuration shows now."""
+        self._options = options
+        self._max_k = max_k
+        self._on_fault = on_fault
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[str, _Group | None] = {}
+        self.faults: Counter[str] = Counter()
+        self._group(options.policy)
+
+    def __len__(self) -> int:
+        """Return how many requests are known."""
+        return len(self._group_of)
+
+    def add(self, request_id: str, asked: RequestOptions) -> None:
+        """A request begins under the policy that it asked for, or the server's.
+
+        Raises:
+            ConfigError: The request asks for a policy or K that does not exist.
+        """
+        group = self._group(asked.policy or self._options.policy)
+        cap = self._max_k if asked.max_k is None else min(asked.max_k, self._max_k)
+        self._group_of[request_id] = group
+        group.members.add(request_id)
+        self._guarded(group, group.policy.add, request_id, cap)
+
+    def drop(self, request_id: str) -> None:
+        """A request ended, however it ended: forget it. Unknown names are ignored."""
+        group = self._group_of.pop(request_id, None)
+        if group is not None:
+            group.members.discard(request_id)
+            self._guarded(group, group.policy.drop, request_id)
+
+    def observe(self, step: Step) -> None:
+        """Show a step to every policy that has a request in it."""
+        seen = []
+        for part in step.requests:
+            group = self._group_of.get(part.request_id)
+            if group is not None and group not in seen:
+                seen.append(group)
+        for group in seen:
+            self._guarded(group, group.policy.observe, step)
+
+    def decide(self, request_ids: Sequence[str]) -> dict[str, Decision]:
+        """Return the decision for the next step of each request; K = 0 for unknown ones."""
+        by_group: dict[int, tuple[_Group, list[str]]] = {}
+        decisions: dict[str, Decision] = {}
+        for request_id in request_ids:
+            group = self._group_of.get(request_id)
+            if group is None:
+                decisions[request_id] = Decision(request_id, 0, "fault")
+            else:
+                by_group.setdefault(id(group), (group, []))[1].append(request_id)
+        for group, members in by_group.values():
+            made = self._guarded(group, _checked, group, members, self._max_k)
+            for decision in made or [Decision(member, 0, "fault") for member in members]:
+                decisions[decision.request_id] = decision
+        return decisions
+
+    def lookahead(self, request_ids: Sequence[str]) -> int:
+        """Return the longest draft that any of these may want in the step after the next."""
+        longest = 0
+        for request_id in request_ids:
+            group = self._group_of.get(request_id)
+            if group is not None:
+                k = self._guarded(group, group.policy.lookahead, request_id)
+                longest = max(longest, min(k or 0, self._max_k))
+        return longest
+
+    def spec(self, request_id: str) -> str:
+        """Return the spec of the policy that decides for a request, "" where none does."""
+        group = self._group_of.get(request_id)
+        return group.spec if group is not None else ""
+
+    def explain(self, request_id: str) -> Mapping[str, Any]:
+        """Return the parts of the request's last decision, empty where no policy decides."""
+        group = self._group_of.get(request_id)
+        if group is None:
+            return {}
+        return self._guarded(group, group.policy.explain, request_id) or {}
+
+    def _group(self, spec: str) -> _Group:
+        group = self._groups.get(spec)
+        if group is None:
+            settings = self._options.options.get(spec.partition(":")[0])
+            group = _Group(spec, policies.create(spec, self._max_k, settings), set())
+            self._groups[spec] = group
+        return group
+
+    def _guarded(self, group: _Group, call: Callable[P, R], *a: P.args, **k: P.kwargs) -> R | None:
+        """Return what `call` returns; where it raises, retire the policy object and return None."""
+        try:
+            return call(*a, **k)
+        except Exception as fault:  # noqa: BLE001: whatever a policy raises must not reach the engine
+            self.faults[group.spec] += 1
+            # Its state can no longer be trusted: its requests go on without, the next ones get a
+            # fresh object.
+            for member in group.members:
+                self._group_of[member] = None
+            group.members.clear()
+            self._groups.pop(group.spec, None)
+            self._on_fault(group.spec, fault)
+            return None
+
+
+def _checked(group: _Group, members: Sequence[str], max_k: int) -> list[Decision]:
+    """Return the policy's decisions for `members`; ValueError where they are not usable."""
+    decisions = group.policy.decide(members)
+    if [d.request_id for d in decisions] != list(members):
+        raise ValueError(f"policy {group.spec!r} decided for other requests than it was asked for")
+    if not all(0 <= d.k <= max_k for d in decisions):
+        raise ValueError(f"policy {group.spec!r} decided a K outside 0..{max_k}: {decisions}")
+    return decisions

@@ -1,0 +1,114 @@
+"""What a server's configuration and a single request may ask for.
+
+Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Request: the entries
+``cascade_policy`` and ``cascade_max_k`` of ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moecascade import policies
+from moecascade.errors import ConfigError, nearest
+from moecascade.settings import from_mapping
+
+CONFIG_KEY = "cascade"
+REQUEST_PREFIX = "cascade_"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Configuration of the plugin.
+
+    Attributes:
+        policy: Spec of the policy for requests that do not choose one.
+        options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
+        request_options: Whether requests may choose policy and cap; if not, theirs are ignored.
+        step_log: File to write a line a step to (schema `moecascade.steplog`), or "" for none.
+    """
+
+    policy: str = "cascade"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    request_options: bool = True
+    step_log: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What one request asks for.
+
+    Attributes:
+        policy: Spec of its policy, None for the server's.
+        max_k: Cap on K, None for the engine's; 0 switches speculation off.
+    """
+
+    policy: str | None = None
+    max_k: int | None = None
+
+
+def server_options(additional_config: Any, max_k: int) -> ServerOptions:
+    """Return the validated configuration from vLLM's ``additional_config``.
+
+    Args:
+        additional_config: vLLM's mapping; without our key, all defaults.
+        max_k: The longest draft that the engine can verify.
+
+    Raises:
+        ConfigError: Unknown keys, policies or settings, values out of range.
+    """
+    values = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
+    where = f'additional_config["{CONFIG_KEY}"]'
+    chosen = from_mapping(ServerOptions, values, where)
+    for name, settings in chosen.options.items():
+        known = policies.classes()
+        if name not in known:
+            raise ConfigError(
+                f"{where}: options are for an unknown policy {name!r}{nearest(name, known)}; "
+                f"allowed: {', '.join(sorted(known))}"
+            )
+        argument = known[name].argument
+        filled = {argument: 0, **settings} if argument else settings
+        from_mapping(known[name].Settings, filled, f"{where}: options of policy {name!r}")
+    policies.create(chosen.policy, max_k, chosen.options.get(chosen.policy.partition(":")[0]))
+    return chosen
+
+
+def request_options(extra_args: Mapping[str, Any] | None, max_k: int | None) -> RequestOptions:
+    """Return what a request's ``vllm_xargs`` ask of us; entries of others are left alone.
+
+    Args:
+        extra_args: The request's mapping, or None.
+        max_k: The longest draft that the engine can verify; None where it is not known, then K is
+            only checked for its type and sign.
+
+    Raises:
+        ConfigError: Unknown ``cascade_*`` entries, unknown policies, K out of range.
+    """
+    asked = {k: v for k, v in (extra_args or {}).items() if k.startswith(REQUEST_PREFIX)}
+    if not asked:
+        return RequestOptions()
+    allowed = ("cascade_policy", "cascade_max_k")
+    for key in asked:
+        if key not in allowed:
+            raise ConfigError(
+                f"vllm_xargs: unknown entry {key!r}{nearest(key, allowed)}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+    policy, cap = asked.get("cascade_policy"), asked.get("cascade_max_k")
+    if policy is not None:
+        if not isinstance(policy, str):
+            raise ConfigError(
+                f"vllm_xargs: cascade_policy must be one of {', '.join(policies.names())}, "
+                f"got {policy!r}"
+            )
+        policies.create(policy, max_k if max_k is not None else policies.ANY_K)
+    if cap is not None:
+        whole = isinstance(cap, int) and not isinstance(cap, bool)
+        if not whole or cap < 0 or (max_k is not None and cap > max_k):
+            top = "the engine's longest draft" if max_k is None else max_k
+            raise ConfigError(
+                f"vllm_xargs: cascade_max_k must be a whole number from 0 to {top}, got {cap!r}"
+            )
+    return RequestOptions(policy, cap)

@@ -1,0 +1,46 @@
+"""Policy `off`: no speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moecascade.steps import Decision, Step
+
+
+@dataclass(frozen=True, slots=True)
+class OffSettings:
+    """`off` has nothing to set."""
+
+
+class Off:
+    """K = 0, always."""
+
+    name: ClassVar[str] = "off"
+    argument: ClassVar[str] = ""
+    Settings: ClassVar[type[OffSettings]] = OffSettings
+
+    def __init__(self, settings: OffSettings, max_k: int) -> None:
+        """Make the policy; both arguments are there for the registry's sake."""
+
+    def add(self, request_id: str, max_k: int) -> None:
+        """Nothing to keep."""
+
+    def drop(self, request_id: str) -> None:
+        """Nothing to forget."""
+
+    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+        """Return K = 0 for each."""
+        return [Decision(request_id, 0, "off") for request_id in request_ids]
+
+    def observe(self, step: Step) -> None:
+        """Nothing to learn."""
+
+    def lookahead(self, request_id: str) -> int:
+        """Return 0: no drafts will be wanted."""
+        return 0
+
+    def explain(self, request_id: str) -> Mapping[str, Any]:
+        """Return nothing: there is no state."""
+        return {}

@@ -1,0 +1,65 @@
+"""Settings come as plain mappings (JSON, command line); here they become typed dataclasses.
+
+A dataclass is the only home of a default. Unknown keys are refused with the nearest name, wrong
+types with the type that is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from moecascade.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    try:
+        return isinstance(value, wanted)
+    except TypeError:  # a parametrised type such as Mapping[str, Any]: check its origin
+        return isinstance(value, wanted.__origin__)
+
+
+def _name(wanted: Any) -> str:
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return plain.get(wanted) or str(wanted)
+
+
+def from_mapping(cls: type[T], values: Any, where: str) -> T:
+    """Return `cls` made from `values`.
+
+    Args:
+        cls: A dataclass; its `__post_init__` may check ranges by raising ConfigError.
+        values: A mapping from field name to value.
+        where: What the values are, for messages ("options of policy 'cascade'").
+
+    Raises:
+        ConfigError: Not a mapping, an unknown key, a missing key, or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of names to values, got {values!r}")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{nearest(str(key), known)}; "
+                f"allowed: {', '.join(known) or 'none'}"
+            )
+        if not _fits(value, _hints(cls)[key]):
+            raise ConfigError(f"{where}: {key} must be {_name(_hints(cls)[key])}, got {value!r}")
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"{where}: {name} is missing")
+    return cls(**values)

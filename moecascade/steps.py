@@ -1,0 +1,60 @@
+"""The nouns that engine, replay and policies share: what a step reported, what a decision is.
+
+A *step* (verification step, iteration) is one forward pass of the target over a batch. Each request
+in it verified some number of draft tokens and emitted the accepted ones plus one of the target's
+own. A *decision* is the draft length K that a request uses in the next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStep:
+    """One request's part in a step.
+
+    Attributes:
+        request_id: The engine's name for the request.
+        drafted: Draft tokens verified in this step, at least 0. May be fewer than the K that was
+            decided: a drafter proposes what it has.
+        emitted: Tokens the step gave the request: accepted drafts plus one. May be fewer where a
+            stop token or the length limit cut the step short.
+    """
+
+    request_id: str
+    drafted: int
+    emitted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step reported.
+
+    Attributes:
+        seconds: Wall time from the end of the previous step to the end of this one, so scheduling,
+            drafting, sampling and output handling are in it: all that a user waits for. None when
+            it is unknown.
+        decode: Whether every request in the batch was decoding. A step with prefill in it says
+            nothing about the time of decoding.
+        requests: The requests of the batch, each with what it did.
+    """
+
+    seconds: float | None
+    decode: bool
+    requests: tuple[RequestStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The draft length for a request's next step.
+
+    Attributes:
+        request_id: The engine's name for the request.
+        k: Draft tokens to verify, 0 for none.
+        why: The reason in a word or two ("test", "set", "baseline"), for logs and people.
+    """
+
+    request_id: str
+    k: int
+    why: str

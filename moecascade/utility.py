@@ -1,0 +1,158 @@
+r"""Speculation utility: what drafts earn over what they cost (the paper's section on utility).
+
+For one request, over a window of steps:
+
+* ETR, the effective token rate: tokens emitted per step, 1 without speculation.
+* cost: mean step time with drafts over the baseline, the step time without.
+* utility ``U = ETR / cost``. As ``TPOT = step time / ETR``, U is the speed-up over no speculation.
+
+The paper serves one request at a time. In a batch, drafts of one request delay all, so the time of
+a step has to be divided among those who caused it. Let a step of n requests take T seconds and
+verify D of our drafts in all, d of them for request r, and let T0 be the baseline of that batch.
+Then
+
+    cost_r = 1 + n * (d / D) * (T - T0) / T0
+
+that is: r answers for its share of the extra time, and answers for it to all n requests. For n = 1
+this is T / T0, the paper's cost; if all requests verify equally many drafts, every cost is T / T0; a
+request without drafts costs 1; and the mean of cost_r over the batch is T / T0. ``ETR_r > cost_r``
+says exactly that r's drafts raise the throughput of the whole batch, so ``U_r >= 1`` keeps its
+meaning.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over a window of steps of one request, and the utility that follows from them."""
+
+    steps: int = 0
+    emitted: int = 0
+    total_cost: float = 0.0
+
+    def add(self, emitted: int, cost: float) -> None:
+        """Count one step that emitted `emitted` tokens at `cost` (in baseline steps)."""
+        self.steps += 1
+        self.emitted += emitted
+        self.total_cost += cost
+
+    @property
+    def etr(self) -> float:
+        """Tokens emitted per step; 1 for an empty window."""
+        return self.emitted / self.steps if self.steps else 1.0
+
+    @property
+    def cost(self) -> float:
+        """Mean cost of a step in baseline steps; 1 for an empty window."""
+        return self.total_cost / self.steps if self.steps else 1.0
+
+    @property
+    def utility(self) -> float:
+        """ETR over cost: the speed-up over no speculation."""
+        return self.emitted / self.total_cost if self.total_cost else 1.0
+
+
+def cost_share(seconds: float, baseline: float, requests: int, drafted: int, total: int) -> float:
+    """Return a request's cost in a step, in baseline steps (see the module's formula).
+
+    Args:
+        seconds: Time of the step.
+        baseline: Time of the same batch without our drafts.
+        requests: Requests in the batch (n).
+        drafted: Drafts that this request verified (d).
+        total: Drafts that all our requests verified (D).
+
+    Multiplied by n, noise in a large batch could make the sum zero or negative; the request's 1/n of
+    the step's time is the least it can have cost, and for n = 1 that is the formula itself.
+    """
+    if drafted == 0:
+        return 1.0
+    extra = requests * (drafted / total) * (seconds - baseline) / baseline
+    return max(1.0 + extra, seconds / baseline / requests)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What is known of the baseline at one batch shape."""
+
+    samples: deque[float]
+    value: float | None = None
+    age: int = 0
+    renewing: bool = False
+
+
+class Baseline:
+    """Step time without our drafts, measured online, by the number of positions in the step.
+
+    Positions are what the step computes besides our drafts: one for each request, plus whatever
+    drafts requests under other policies verify. A batch of n requests of ours alone has n.
+
+    Each value is the median of the latest samples (robust to pauses, and to the one step that
+    already pays for drafting the first drafts of what comes next). After `refresh` steps without a
+    sample a value is *due* (the paper refreshes about every 100 iterations): it stays in use until
+    `steps` new samples have replaced it.
+
+    Args:
+        steps: Samples that make a value.
+        refresh: Age in steps at which a value is due.
+    """
+
+    window = 16  # samples kept while speculation is off anyway and they come for free
+    reach = 1.5  # interpolate between two batch sizes at most this factor apart
+
+    def __init__(self, steps: int, refresh: int) -> None:
+        self._steps = steps
+        self._refresh = refresh
+        self._readings: dict[int, _Reading] = {}
+        self._known: list[int] = []
+
+    def observe(self, positions: int, seconds: float) -> None:
+        """Take a step without our drafts as a sample."""
+        reading = self._reading(positions)
+        if reading.age >= self._refresh and not reading.renewing:
+            reading.samples.clear()
+            reading.renewing = True
+        reading.samples.append(seconds)
+        if len(reading.samples) >= self._steps:
+            if reading.value is None:
+                self._known.insert(bisect_left(self._known, positions), positions)
+            reading.value = median(reading.samples)
+            reading.age = 0
+            reading.renewing = False
+
+    def tick(self, positions: int) -> None:
+        """Count a step with drafts: the value at `positions` grows older."""
+        self._reading(positions).age += 1
+
+    def due(self, positions: int) -> bool:
+        """Return whether a sample at `positions` is wanted: nothing is known, or it is old."""
+        reading = self._readings.get(positions)
+        old = reading is not None and reading.age >= self._refresh
+        return old or self.at(positions) is None
+
+    def at(self, positions: int) -> float | None:
+        """Return seconds per step at `positions`, interpolated where near sizes are known."""
+        reading = self._readings.get(positions)
+        if reading is not None and reading.value is not None:
+            return reading.value
+        i = bisect_left(self._known, positions)
+        if i == 0 or i == len(self._known):
+            return None
+        low, high = self._known[i - 1], self._known[i]
+        below, above = self._readings[low].value, self._readings[high].value
+        if high > low * self.reach or below is None or above is None:
+            return None
+        return below + (above - below) * (positions - low) / (high - low)
+
+    def _reading(self, positions: int) -> _Reading:
+        reading = self._readings.get(positions)
+        if reading is None:
+            reading = self._readings[positions] = _Reading(deque(maxlen=self.window))
+        return reading
+

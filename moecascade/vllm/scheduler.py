@@ -1,0 +1,179 @@
+"""vLLM's scheduler with the draft length of every request chosen by a policy.
+
+It only translates: vLLM's step outputs become a `Step`, a `Decision` becomes a cut draft. In the
+order in which the engine calls it, a step is
+
+    schedule                 say how far a model drafter has to draft
+    (the model runs, the drafter proposes)
+    update_from_output       take the time, show the policies what the step did
+    update_draft_token_ids   ask the policies for K, cut the drafts to it
+
+Nothing of ours may raise into the engine: `_safely` logs a fault once, counts it, and the step goes
+on without drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
+
+from moecascade.controller import Controller
+from moecascade.errors import ConfigError
+from moecascade.options import RequestOptions, request_options, server_options
+from moecascade.steplog import StepLog
+from moecascade.steps import Decision, RequestStep, Step
+from moecascade.vllm import compat
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.request import Request
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Scheduler(VllmScheduler):
+    """`--scheduler-cls moecascade.vllm.Scheduler`; configured by `options.ServerOptions`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Check the configuration; ConfigError or EnvironmentProblem stop the engine at start."""
+        super().__init__(*args, **kwargs)
+        config = self.vllm_config
+        compat.check_hooks(VllmScheduler)
+        compat.check_supported(config)
+        self._max_k = compat.max_k(config)
+        self._drafts_cost = compat.drafts_cost(config)
+        self._options = server_options(config.additional_config, self._max_k)
+        self._began: float | None = None  # when the step under way began; None while idle
+        self._decisions: dict[str, Decision] = {}  # the last one of each request
+        self._ended: list[str] = []  # requests that ended, but may be in the step under way
+        self.cascade_faults: Counter[str] = Counter()
+        self.controller = Controller(self._options, self._max_k, self._policy_fault)
+        self._step_log = StepLog(self._options.step_log) if self._options.step_log else None
+        compat.logger.info(
+            "moecascade: policy %r, K from 0 to %d", self._options.policy, self._max_k
+        )
+
+    # ---- what the engine calls, in the order of a step -------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Add a request, under the policy that it asks for."""
+        known = request.request_id in self.requests  # a streaming session's next input
+        super().add_request(request)
+        if not known:
+            self._safely(self._begin, request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step; tell a model drafter how far to draft at its end."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        output = super().schedule(*args, **kwargs)
+        if self._drafts_cost:
+            k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
+            compat.limit_drafting(output, k or 0)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """Process what the step made; then show it to the policies."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._safely(self._observe, scheduler_output, model_runner_output)
+        self._safely(self._forget_ended)
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take the drafter's proposals for the next step, each cut to its request's K."""
+        cut = self._safely(self._cut, draft_token_ids)
+        if cut is None:
+            cut = compat.with_drafts(draft_token_ids, [[] for _ in draft_token_ids.req_ids])
+        super().update_draft_token_ids(cut)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Free a request, finished or aborted; what is kept of it here goes after the step."""
+        self._ended.append(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """Close the step log as well."""
+        if self._step_log is not None:
+            self._safely(self._step_log.close)
+        super().shutdown()
+
+    # ---- translation -----------------------------------------------------------------------------
+
+    def _begin(self, request: Request) -> None:
+        self._forget_ended()  # one of them may have had the same name
+        asked = RequestOptions()
+        if self._options.request_options:
+            try:
+                asked = request_options(compat.extra_args(request), self._max_k)
+            except ConfigError as error:
+                # `moecascade.vllm.http` answers these with status 400 where it is installed; here,
+                # in the engine's process, refusing is too late: the server's policy serves.
+                self._report("request options", f"{error}; the request runs under the server's policy")
+        self.controller.add(request.request_id, asked)
+
+    def _forget_ended(self) -> None:
+        while self._ended:
+            request_id = self._ended.pop()
+            self._decisions.pop(request_id, None)
+            self.controller.drop(request_id)
+
+    def _observe(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
+        now = time.perf_counter()
+        began, busy = self._began, self.has_unfinished_requests()
+        self._began = now if busy else None
+        if not compat.is_empty(output):
+            parts = tuple(
+                RequestStep(request_id, drafted, compat.emitted(results, request_id))
+                for request_id, drafted in compat.verified(output)
+            )
+            decode = compat.is_decode(output) and all(part.emitted for part in parts)
+            step = Step(None if began is None else now - began, decode, parts)
+            if self._step_log is not None:
+                spec = self.controller.spec
+                policy_of = {part.request_id: spec(part.request_id) for part in parts}
+                self._step_log.write(step, self._decisions, policy_of)
+            self.controller.observe(step)
+        if not busy and self._step_log is not None:
+            self._step_log.flush()
+
+    def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
+        deciding = [
+            request_id
+            for request_id in proposed.req_ids
+            if (request := self.requests.get(request_id)) is not None
+            and not request.is_prefill_chunk
+        ]
+        decided = self.controller.decide(deciding)
+        self._decisions.update(decided)
+        drafts = [
+            tokens[: decision.k] if (decision := decided.get(request_id)) else []
+            for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True)
+        ]
+        return compat.with_drafts(proposed, drafts)
+
+    # ---- faults ----------------------------------------------------------------------------------
+
+    def _safely(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """Return what `call` returns, or None where it raises."""
+        try:
+            return call(*args, **kwargs)
+        except Exception as fault:  # noqa: BLE001: the engine must go on
+            self._report(getattr(call, "__name__", "call"), f"{fault!r}; going on without drafts")
+            return None
+
+    def _policy_fault(self, spec: str, fault: Exception) -> None:
+        self._report(f"policy {spec!r}", f"{fault!r}; its requests go on without drafts")
+
+    def _report(self, what: str, message: str) -> None:
+        """Count a fault; log the first of its kind."""
+        self.cascade_faults[what] += 1
+        if self.cascade_faults[what] == 1:
+            compat.logger.warning("moecascade: %s: %s (logged once)", what, message)

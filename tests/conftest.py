@@ -1,0 +1,145 @@
+"""Fixtures: the real vLLM, in this process, on the local models.
+
+One engine a drafter serves all tests of that drafter, in float32, where greedy output must not
+depend on the draft length. Its KV cache is small, so that preemption can be provoked.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read when vLLM is imported; nothing here imports it before.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and test share a process
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+MAX_K = 8
+MAX_LEN = 512
+KV_BLOCKS = 12  # of 128 tokens: room for five requests of 256, not for eight
+
+NGRAM = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+
+
+@dataclass
+class Engine:
+    """A running vLLM with the plugin, and what tests ask of it."""
+
+    llm: Any
+    step_log: Path
+
+    @property
+    def scheduler(self) -> Any:
+        """The plugin's scheduler."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    def generate(
+        self,
+        prompts: list[str],
+        extra_args: Mapping[str, Any] | list[Mapping[str, Any]] | None = None,
+        max_tokens: int = 64,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Return the greedy tokens of each prompt, all prompts served at once."""
+        outputs = self.llm.generate(
+            prompts, self.params(len(prompts), extra_args, max_tokens, **sampling), use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def params(
+        self,
+        n: int,
+        extra_args: Mapping[str, Any] | list[Mapping[str, Any]] | None,
+        max_tokens: int,
+        **sampling: Any,
+    ) -> list[Any]:
+        """Return the sampling parameters of `n` greedy requests."""
+        from vllm import SamplingParams
+
+        each = extra_args if isinstance(extra_args, list) else [extra_args] * n
+        settings = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+        return [SamplingParams(extra_args=dict(a) if a else None, **settings) for a in each]
+
+    def add(self, request_id: str, prompt: str, extra_args: Mapping[str, Any], tokens: int) -> None:
+        """Add a request without running it."""
+        (params,) = self.params(1, extra_args, tokens)
+        self.llm.llm_engine.add_request(request_id, prompt, params)
+
+    def step(self, steps: int = 1) -> None:
+        """Run some steps, fewer where nothing is left to do."""
+        for _ in range(steps):
+            if self.llm.llm_engine.has_unfinished_requests():
+                self.llm.llm_engine.step()
+
+    def steps_of(self, act: Callable[[], Any]) -> list[dict[str, Any]]:
+        """Return the steps that the plugin logs while `act` runs."""
+        from moecascade import steplog
+
+        before = sum(1 for _ in steplog.read(self.step_log)) if self.step_log.exists() else 0
+        act()
+        self.scheduler._step_log.flush()
+        return list(steplog.read(self.step_log))[before:]
+
+    def drain(self) -> None:
+        """Run until nothing is left, and let vLLM flush the requests that finished."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.step(10_000)
+        while core.scheduler.has_requests():
+            core.step()
+
+
+def make_engine(step_log: Path, speculative: Mapping[str, Any], **settings: Any) -> Engine:
+    """Start vLLM with the plugin on the local model."""
+    from vllm import LLM
+
+    from moecascade import localmodel
+
+    arguments: dict[str, Any] = {
+        "model": str(localmodel.ensure("local")),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": MAX_LEN,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": KV_BLOCKS,
+        "seed": 0,
+        "disable_log_stats": True,
+        "scheduler_cls": "moecascade.vllm.Scheduler",
+        "speculative_config": {"num_speculative_tokens": MAX_K, **speculative},
+        "additional_config": {"cascade": {"step_log": str(step_log)}},
+        **settings,
+    }
+    return Engine(LLM(**arguments), step_log)
+
+
+def stop_engine(engine: Engine) -> None:
+    """Stop an in-process engine and give its memory back."""
+    engine.llm.llm_engine.engine_core.shutdown()
+    engine.llm = None
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def ngram_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """vLLM with the plugin and n-gram drafting."""
+    engine = make_engine(tmp_path_factory.mktemp("ngram") / "steps.jsonl", NGRAM)
+    yield engine
+    stop_engine(engine)
+
+
+@pytest.fixture(scope="session")
+def draft_model_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """vLLM with the plugin and a small draft model."""
+    from moecascade import localmodel
+
+    speculative = {"method": "draft_model", "model": str(localmodel.ensure("draft"))}
+    engine = make_engine(tmp_path_factory.mktemp("draft") / "steps.jsonl", speculative)
+    yield engine
+    stop_engine(engine)

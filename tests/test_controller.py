@@ -1,0 +1,213 @@
+"""Policies by name, requests by policy, and faults that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from moecascade import policies
+from moecascade.controller import Controller
+from moecascade.errors import ConfigError
+from moecascade.options import RequestOptions, ServerOptions, request_options, server_options
+from moecascade.policies import create, register
+from moecascade.steps import Decision, RequestStep, Step
+
+
+@dataclass(frozen=True)
+class Nothing:
+    pass
+
+
+class Faulty:
+    """Decides well until told to fail."""
+
+    name: ClassVar[str] = "faulty"
+    argument: ClassVar[str] = ""
+    Settings: ClassVar[type[Nothing]] = Nothing
+    fail_in: ClassVar[str] = ""
+    k: ClassVar[int] = 2
+
+    def __init__(self, settings: Nothing, max_k: int) -> None:
+        pass
+
+    def _fail(self, where: str) -> None:
+        if where == self.fail_in:
+            raise RuntimeError(where)
+
+    def add(self, request_id: str, max_k: int) -> None:
+        self._fail("add")
+
+    def drop(self, request_id: str) -> None:
+        self._fail("drop")
+
+    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+        self._fail("decide")
+        return [Decision(r, self.k, "faulty") for r in request_ids]
+
+    def observe(self, step: Step) -> None:
+        self._fail("observe")
+
+    def lookahead(self, request_id: str) -> int:
+        self._fail("lookahead")
+        return self.k
+
+    def explain(self, request_id: str) -> Mapping[str, Any]:
+        self._fail("explain")
+        return {}
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Faulty]]:
+    monkeypatch.setattr(policies, "_REGISTRY", dict(policies.classes()))
+    yield register(Faulty)  # type: ignore[misc]
+    Faulty.fail_in, Faulty.k = "", 2
+
+
+def controller(policy: str = "static:3") -> tuple[Controller, list[str]]:
+    faults: list[str] = []
+    made = Controller(ServerOptions(policy=policy), 8, lambda spec, _fault: faults.append(spec))
+    return made, faults
+
+
+def step(*request_ids: str) -> Step:
+    return Step(0.03, True, tuple(RequestStep(r, 0, 1) for r in request_ids))
+
+
+def ks(decisions: Mapping[str, Decision]) -> dict[str, int]:
+    return {request_id: decision.k for request_id, decision in decisions.items()}
+
+
+def test_each_request_is_decided_for_by_its_own_policy() -> None:
+    c, _ = controller()
+    c.add("a", RequestOptions())
+    c.add("b", RequestOptions(policy="off"))
+    c.add("c", RequestOptions(policy="static:8", max_k=5))
+    c.add("d", RequestOptions(policy="cascade"))
+    assert ks(c.decide(["d", "c", "b", "a"])) == {"a": 3, "b": 0, "c": 5, "d": 0}
+    assert [c.spec(r) for r in "abcd"] == ["static:3", "off", "static:8", "cascade"]
+    for _ in range(4):
+        c.observe(step("a", "b", "c", "d"))
+    assert c.decide(["d"])["d"].k == 3
+    assert c.lookahead(["a", "b"]) == 3
+
+
+@pytest.mark.parametrize("where", ["add", "decide", "observe", "lookahead", "explain"])
+def test_a_policy_that_raises_costs_only_its_own_requests_their_drafts(
+    faulty: type[Faulty], where: str
+) -> None:
+    c, faults = controller()
+    faulty.fail_in = where
+    c.add("good", RequestOptions())
+    c.add("bad", RequestOptions(policy="faulty"))
+    c.decide(["good", "bad"])
+    c.observe(step("good", "bad"))
+    c.lookahead(["good", "bad"])
+    c.explain("bad")
+    assert ks(c.decide(["good", "bad"])) == {"good": 3, "bad": 0}
+    assert faults == ["faulty"]
+    assert c.faults["faulty"] == 1
+    c.drop("good")
+    c.drop("bad")
+    assert len(c) == 0
+
+
+@pytest.mark.parametrize("k", [-1, 9])
+def test_a_decision_out_of_range_is_a_fault(faulty: type[Faulty], k: int) -> None:
+    faulty.k = k
+    c, faults = controller("faulty")
+    c.add("r", RequestOptions())
+    assert ks(c.decide(["r"])) == {"r": 0}
+    assert faults == ["faulty"]
+
+
+def test_after_a_fault_new_requests_get_a_fresh_policy(faulty: type[Faulty]) -> None:
+    c, _ = controller("faulty")
+    faulty.fail_in = "observe"
+    c.add("old", RequestOptions())
+    c.observe(step("old"))
+    faulty.fail_in = ""
+    c.add("new", RequestOptions())
+    assert ks(c.decide(["old", "new"])) == {"old": 0, "new": 2}
+
+
+def test_unknown_requests_run_without_drafts() -> None:
+    c, faults = controller()
+    assert ks(c.decide(["who"])) == {"who": 0}
+    assert c.spec("who") == ""
+    c.drop("who")
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("cascad", ["'cascad'", "did you mean 'cascade'", "static:K"]),
+        ("static", ["'static'", "whole number", "static:3"]),
+        ("static:x", ["'static:x'", "whole number"]),
+        ("static:9", ["static:9", "from 0 to 8", "num_speculative_tokens"]),
+        ("off:1", ["'off:1'", "no argument"]),
+    ],
+)
+def test_a_bad_policy_is_refused_with_value_and_remedy(spec: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        create(spec, 8)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"polcy": "off"}, ["'polcy'", "did you mean 'policy'"]),
+        ({"policy": "fast"}, ["'fast'", "cascade"]),
+        ({"policy": 3}, ["policy must be a text", "3"]),
+        ({"policy": "static:12"}, ["from 0 to 8"]),
+        ({"options": {"cascade": {"set_step": 3}}}, ["'set_step'", "did you mean 'set_steps'"]),
+        ({"options": {"cascade": {"set_steps": 0}}}, ["set_steps must be at least 1", "0"]),
+        ({"options": {"cascade": {"set_steps": "x"}}}, ["whole number", "'x'"]),
+        ({"options": {"cascade": 3}}, ["mapping", "3"]),
+        ({"options": {"cascadee": {}}}, ["'cascadee'", "did you mean 'cascade'"]),
+        ([1], ["expected a mapping", "[1]"]),
+    ],
+)
+def test_bad_configuration_is_refused_with_value_and_remedy(config: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        server_options({"cascade": config}, 8)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_no_configuration_is_sensible() -> None:
+    for nothing in (None, {}, {"other_plugin": {"x": 1}}, {"cascade": {}}):
+        assert server_options(nothing, 8) == ServerOptions(policy="cascade")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"cascade_polcy": "off"}, ["'cascade_polcy'", "did you mean 'cascade_policy'"]),
+        ({"cascade_policy": "best"}, ["'best'", "cascade, off, static:K"]),
+        ({"cascade_policy": 1}, ["cascade_policy", "1"]),
+        ({"cascade_max_k": 9}, ["from 0 to 8", "9"]),
+        ({"cascade_max_k": -1}, ["from 0 to 8", "-1"]),
+        ({"cascade_max_k": "3"}, ["whole number", "'3'"]),
+        ({"cascade_max_k": True}, ["whole number", "True"]),
+    ],
+)
+def test_bad_request_options_are_refused_with_value_and_remedy(
+    asked: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        request_options(asked, 8)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_request_options_leave_those_of_others_alone() -> None:
+    assert request_options({"session_id": "x"}, 8) == RequestOptions()
+    assert request_options(None, 8) == RequestOptions()
+    asked = {"cascade_policy": "static:2", "cascade_max_k": 0, "other": 1}
+    assert request_options(asked, 8) == RequestOptions("static:2", 0)

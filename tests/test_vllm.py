@@ -1,0 +1,254 @@
+"""The plugin in the real vLLM: lossless, per request, and nothing left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from moecascade import policies
+from moecascade.policies import register
+from moecascade.steps import Decision, Step
+from tests.conftest import MAX_K, Engine
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [
+    "Rename the variable x to total in this Python code and repeat the code:\n"
+    "def add(values):\n    x = 0\n    for v in values:\n        x = x + v\n    return x\n\n"
+    "def add(values):\n    total = 0\n",
+    "The days of the week are Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday. "
+    "The days of the week are",
+    "Question: a farmer has 12 cows and buys 7 more, then sells 4. How many cows are left?\nAnswer:",
+    "Once upon a time, in a village at the foot of a mountain, there lived an old clockmaker who",
+    'Name: Ada Lovelace. Born: 1815. City: London. As JSON: {"name": "Ada Lovelace", "born": 1815, '
+    '"city": "London"}\nName: Alan Turing. Born: 1912. City: Maida Vale. As JSON:',
+]
+
+
+@dataclass(frozen=True)
+class Nothing:
+    pass
+
+
+class RandomK:
+    """A test's policy: K at random, the same sequence in every run; it remembers what it chose."""
+
+    name: ClassVar[str] = "random"
+    argument: ClassVar[str] = ""
+    Settings: ClassVar[type[Nothing]] = Nothing
+
+    def __init__(self, settings: Nothing, max_k: int) -> None:
+        self._random = random.Random(0)
+        self._max_k = max_k
+
+    def add(self, request_id: str, max_k: int) -> None:
+        pass
+
+    def drop(self, request_id: str) -> None:
+        pass
+
+    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+        return [Decision(r, self._random.randint(0, self._max_k), "random") for r in request_ids]
+
+    def observe(self, step: Step) -> None:
+        pass
+
+    def lookahead(self, request_id: str) -> int:
+        return self._max_k
+
+    def explain(self, request_id: str) -> Mapping[str, Any]:
+        return {}
+
+
+class Raises(RandomK):
+    """A test's policy that works for some steps, then raises."""
+
+    name: ClassVar[str] = "raises"
+
+    def observe(self, step: Step) -> None:
+        if self._random.random() < 0.2:
+            raise ZeroDivisionError("a bug in a policy")
+
+
+@pytest.fixture(autouse=True)
+def test_policies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(policies, "_REGISTRY", dict(policies.classes()))
+    register(RandomK)  # type: ignore[misc]
+    register(Raises)  # type: ignore[misc]
+    return iter(())
+
+
+@pytest.fixture(params=["ngram", "draft_model"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    engine: Engine = request.getfixturevalue(f"{request.param}_engine")
+    faults = dict(engine.scheduler.cascade_faults)
+    yield engine
+    engine.drain()
+    scheduler = engine.scheduler
+    assert len(scheduler.controller) == 0
+    assert scheduler._decisions == {}
+    assert scheduler._ended == []
+    if "raises" not in request.node.name:
+        assert dict(scheduler.cascade_faults) == faults
+
+
+def policy(spec: str, **more: Any) -> dict[str, Any]:
+    return {"cascade_policy": spec, **more}
+
+
+def test_greedy_output_is_the_same_under_every_policy(engine: Engine) -> None:
+    reference = engine.generate(PROMPTS, policy("off"))
+    drafted = {}
+    for spec in ("static:3", "cascade", "random"):
+        outputs: list[list[int]] = []
+        steps = engine.steps_of(lambda s=spec, o=outputs: o.extend(engine.generate(PROMPTS, policy(s))))
+        assert outputs == reference, spec
+        drafted[spec] = {r["drafted"] for step in steps for r in step["requests"]}
+        emitted = sum(r["emitted"] for step in steps for r in step["requests"])
+        assert emitted == sum(map(len, outputs))
+    assert drafted["static:3"] == {0, 1, 2, 3} or drafted["static:3"] == {0, 3}
+    assert len(drafted["random"]) > 4
+    assert max(drafted["cascade"]) >= 1
+
+
+def test_four_requests_at_once_each_get_the_k_of_their_own_policy(engine: Engine) -> None:
+    asked = [
+        policy("off"),
+        policy("static:3"),
+        policy("static:8", cascade_max_k=5),
+        policy("cascade"),
+    ]
+    steps = engine.steps_of(lambda: engine.generate([PROMPTS[1]] * 4, asked))
+    together = [s for s in steps if s["decode"] and len(s["requests"]) == 4]
+    assert len(together) > 10
+    ks: dict[str, set[int]] = {}
+    for step in together:
+        for r in step["requests"]:
+            ks.setdefault(r["policy"], set()).add(r["k"])
+            assert r["drafted"] <= r["k"]
+            assert 1 <= r["emitted"] <= r["drafted"] + 1
+    assert ks["off"] == {0}
+    assert ks["static:3"] == {3}
+    assert ks["static:8"] == {5}
+    assert {0, 3} <= ks["cascade"]
+    mixed = [{r["drafted"] for r in step["requests"]} for step in together]
+    assert max(map(len, mixed)) >= 3  # different draft lengths verified in one batch
+
+
+def test_aborts_in_flight_leave_no_state(engine: Engine) -> None:
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(f"abort-{i}", prompt, policy(["cascade", "random"][i % 2]), 200)
+    engine.step(6)
+    scheduler = engine.scheduler
+    assert len(scheduler.controller) == len(PROMPTS)
+    engine.llm.llm_engine.abort_request(["abort-0", "abort-3"])
+    engine.step(2)
+    assert len(scheduler.controller) == len(PROMPTS) - 2
+    engine.llm.llm_engine.abort_request([f"abort-{i}" for i in range(len(PROMPTS))])
+    engine.drain()
+    assert len(scheduler.controller) == 0
+
+
+def test_preempted_requests_go_on_losslessly_and_leave_no_state(engine: Engine) -> None:
+    prompts = [f"{i}. {prompt}" for i, prompt in enumerate(PROMPTS + PROMPTS[:3])]
+    alone = [engine.generate([prompt], policy("off"), max_tokens=230)[0] for prompt in prompts[:2]]
+    preempted: list[int] = []
+    scheduler = engine.scheduler
+    requests: dict[str, Any] = {}
+
+    def run() -> None:
+        for i, prompt in enumerate(prompts):
+            engine.add(f"preempt-{i}", prompt, policy(["random", "cascade"][i % 2]), 230)
+        outputs: dict[str, list[int]] = {}
+        while engine.llm.llm_engine.has_unfinished_requests():
+            requests.update(scheduler.requests)
+            for output in engine.llm.llm_engine.step():
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
+        preempted.append(sum(request.num_preemptions for request in requests.values()))
+        assert [outputs["preempt-0"], outputs["preempt-1"]] == alone
+        assert len(outputs) == len(prompts)
+        assert all(len(tokens) == 230 for tokens in outputs.values())
+
+    steps = engine.steps_of(run)
+    assert preempted[0] > 0
+    # the steps that recompute a preempted request are not taken for decoding
+    assert any(not step["decode"] for step in steps[10:])
+
+
+def test_a_policy_that_raises_does_not_disturb_the_output(engine: Engine) -> None:
+    reference = engine.generate(PROMPTS, policy("off"))
+    before = engine.scheduler.cascade_faults["policy 'raises'"]
+    asked = [policy("raises")] * 3 + [policy("random")] * 2
+    outputs: list[list[int]] = []
+    steps = engine.steps_of(lambda: outputs.extend(engine.generate(PROMPTS, asked)))
+    assert outputs == reference
+    assert engine.scheduler.cascade_faults["policy 'raises'"] > before
+    last = steps[-8]["requests"]
+    assert [r["k"] for r in last if r["policy"] == ""] == [0, 0, 0]  # off, not retried
+    assert sum(r["drafted"] for s in steps[-20:] for r in s["requests"]) > 0  # others still draft
+
+
+def test_whatever_raises_in_the_plugin_costs_drafts_not_requests(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = engine.generate(PROMPTS[:2], policy("off"))
+    for name in ("observe", "decide", "lookahead"):
+
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("a bug in the plugin: this raises in the engine's process")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scheduler.controller, name, broken)
+            assert engine.generate(PROMPTS[:2], policy("static:3")) == reference, name
+    assert sum(engine.scheduler.cascade_faults.values()) > 0
+
+
+def test_bad_request_options_fall_back_to_the_server_s_policy_raises(engine: Engine) -> None:
+    reference = engine.generate(PROMPTS[:1], policy("off"))
+    for bad in (policy("no-such"), {"cascade_max_k": 99}, {"cascade_polcy": "off"}):
+        outputs: list[list[int]] = []
+        steps = engine.steps_of(lambda b=bad, o=outputs: o.extend(engine.generate(PROMPTS[:1], b)))
+        assert outputs == reference
+        assert {r["policy"] for s in steps for r in s["requests"]} == {"cascade"}
+    assert engine.scheduler.cascade_faults["request options"] >= 3
+
+
+def test_steps_with_prefill_are_not_taken_for_decoding(engine: Engine) -> None:
+    def run() -> None:
+        engine.add("early", PROMPTS[1], policy("static:3"), 40)
+        engine.step(10)
+        engine.add("late", PROMPTS[0], policy("static:3"), 20)
+        engine.drain()
+
+    steps = engine.steps_of(run)
+    prefill = [i for i, step in enumerate(steps) if not step["decode"]]
+    assert prefill == [0, 10]
+    assert all(step["seconds"] > 0 for step in steps)
+
+
+def test_a_model_drafter_drafts_no_further_than_wanted(draft_model_engine: Engine) -> None:
+    engine = draft_model_engine
+    seen: list[tuple[int, int]] = []
+    scheduler = engine.scheduler
+    schedule = scheduler.schedule
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        wanted = max((d.k for d in scheduler._decisions.values()), default=0)
+        seen.append((wanted, output.num_spec_tokens_to_schedule))
+        return output
+
+    scheduler.schedule = watch
+    try:
+        engine.generate(PROMPTS[:2], policy("off"), max_tokens=16)
+        assert {drafted for _, drafted in seen} == {0}
+        seen.clear()
+        engine.generate(PROMPTS[:2], policy("static:2"), max_tokens=16)
+        assert {drafted for _, drafted in seen if drafted} == {2}
+    finally:
+        del scheduler.schedule
+    assert MAX_K > 2
