@@ -137,7 +137,7 @@ class Controller:
         """Return what `call` returns; where it raises, retire the policy object and return None."""
         try:
             return call(*a, **k)
-        except Exception as fault:  # noqa: BLE001: whatever a policy raises must not reach the engine
+        except Exception as fault:  # noqa: BLE001 -- no fault of a policy may reach the engine
             self.faults[group.spec] += 1
             # Its state can no longer be trusted: its requests go on without, the next ones get a
             # fresh object.

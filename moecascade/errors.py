@@ -18,7 +18,7 @@ class ConfigError(CascadeError, ValueError):
     """A setting is wrong: an unknown key or policy, a value out of range, a wrong type."""
 
 
-class EnvironmentProblem(CascadeError):
+class SetupError(CascadeError):
     """The machine is not ready: vLLM missing or too old, a busy port, a missing model folder."""
 
 
@@ -26,3 +26,6 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``' (did you mean ...?)'`` for the allowed name closest to `name`, or ``''``."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+EnvironmentProblem = SetupError

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from moecascade.errors import ConfigError, nearest
 
 T = TypeVar("T")
-
-
-@cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -51,14 +45,15 @@ def from_mapping(cls: type[T], values: Any, where: str) -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of names to values, got {values!r}")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     for key, value in values.items():
         if key not in known:
             raise ConfigError(
                 f"{where}: unknown key {key!r}{nearest(str(key), known)}; "
                 f"allowed: {', '.join(known) or 'none'}"
             )
-        if not _fits(value, _hints(cls)[key]):
-            raise ConfigError(f"{where}: {key} must be {_name(_hints(cls)[key])}, got {value!r}")
+        if not _fits(value, hints[key]):
+            raise ConfigError(f"{where}: {key} must be {_name(hints[key])}, got {value!r}")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{where}: {name} is missing")

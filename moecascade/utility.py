@@ -14,10 +14,10 @@ Then
     cost_r = 1 + n * (d / D) * (T - T0) / T0
 
 that is: r answers for its share of the extra time, and answers for it to all n requests. For n = 1
-this is T / T0, the paper's cost; if all requests verify equally many drafts, every cost is T / T0; a
-request without drafts costs 1; and the mean of cost_r over the batch is T / T0. ``ETR_r > cost_r``
-says exactly that r's drafts raise the throughput of the whole batch, so ``U_r >= 1`` keeps its
-meaning.
+this is T / T0, the paper's cost; if all requests verify equally many drafts, every cost is T / T0;
+a request without drafts costs 1; and the mean of cost_r over the batch is T / T0.
+``ETR_r > cost_r`` says that r's drafts raise the throughput of the whole batch (exactly so where r
+alone drafts), so ``U_r >= 1`` keeps its meaning.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def cost_share(seconds: float, baseline: float, requests: int, drafted: int, tot
         drafted: Drafts that this request verified (d).
         total: Drafts that all our requests verified (D).
 
-    Multiplied by n, noise in a large batch could make the sum zero or negative; the request's 1/n of
-    the step's time is the least it can have cost, and for n = 1 that is the formula itself.
+    Multiplied by n, noise in a large batch could make the sum zero or negative; the request's 1/n
+    of the step's time is the least it can have cost, and for n = 1 that is the formula itself.
     """
     if drafted == 0:
         return 1.0
@@ -155,4 +155,3 @@ class Baseline:
         if reading is None:
             reading = self._readings[positions] = _Reading(deque(maxlen=self.window))
         return reading
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Engine:
     def generate(
         self,
         prompts: list[str],
-        extra_args: Mapping[str, Any] | list[Mapping[str, Any]] | None = None,
+        extra_args: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         max_tokens: int = 64,
         **sampling: Any,
     ) -> list[list[int]]:
@@ -57,14 +57,18 @@ class Engine:
     def params(
         self,
         n: int,
-        extra_args: Mapping[str, Any] | list[Mapping[str, Any]] | None,
+        extra_args: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
         max_tokens: int,
         **sampling: Any,
     ) -> list[Any]:
         """Return the sampling parameters of `n` greedy requests."""
         from vllm import SamplingParams
 
-        each = extra_args if isinstance(extra_args, list) else [extra_args] * n
+        each = (
+            [extra_args] * n
+            if extra_args is None or isinstance(extra_args, Mapping)
+            else list(extra_args)
+        )
         settings = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
         return [SamplingParams(extra_args=dict(a) if a else None, **settings) for a in each]
 
@@ -78,6 +82,12 @@ class Engine:
         for _ in range(steps):
             if self.llm.llm_engine.has_unfinished_requests():
                 self.llm.llm_engine.step()
+
+    def generate_logged(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[Any]]:
+        """Return what `generate` returns, and the steps that the plugin logs meanwhile."""
+        outputs: list[list[int]] = []
+        steps = self.steps_of(lambda: outputs.extend(self.generate(*args, **kwargs)))
+        return outputs, steps
 
     def steps_of(self, act: Callable[[], Any]) -> list[dict[str, Any]]:
         """Return the steps that the plugin logs while `act` runs."""

@@ -14,8 +14,8 @@ from moecascade.steps import RequestStep, Step
 from tests.simulate import BASE, curve, play
 
 HOPELESS = curve([1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8])
-NOTHING_ACCEPTED = lambda _step, _k: 1  # noqa: E731
-ALL_ACCEPTED = lambda _step, k: k + 1  # noqa: E731
+NOTHING_ACCEPTED = lambda _step, _k: 1
+ALL_ACCEPTED = lambda _step, k: k + 1
 
 costs_that_never_pay = st.lists(st.floats(0.02, 1.0), min_size=8, max_size=8).map(
     lambda rises: list(itertools.accumulate(rises, initial=1.0))
@@ -50,7 +50,7 @@ def test_finds_the_best_k_of_a_unimodal_utility_in_one_test(
     utility = {k: peak ** (way[k - 1] / way[-1]) for k in range(1, best + 1)}
     for k in range(best + 1, 9):
         utility[k] = utility[k - 1] / falls[k - 1]
-    cost = lambda _step, k: 1.0 if k == 0 else (k + 1) / utility[k]  # noqa: E731
+    cost = lambda _step, k: 1.0 if k == 0 else (k + 1) / utility[k]
     played = play(cascade(tolerance=0.0), 60, cost, ALL_ACCEPTED)
     phases = played.phases()
     end = next(i for i, run in enumerate(phases) if run[0] == "set")
@@ -63,7 +63,7 @@ def test_finds_the_best_k_of_a_unimodal_utility_in_one_test(
 @pytest.mark.parametrize("best", range(1, 7))
 def test_converges_to_within_the_tolerance_with_the_paper_s_settings(best: int) -> None:
     utility = {k: 2.0 * 0.8 ** abs(k - best) for k in range(1, 9)}
-    cost = lambda _step, k: 1.0 if k == 0 else (k + 1) / utility[k]  # noqa: E731
+    cost = lambda _step, k: 1.0 if k == 0 else (k + 1) / utility[k]
     played = play(cascade(), 100, cost, ALL_ACCEPTED)
     first_set = next(run for run in played.phases() if run[0] == "set")
     assert first_set[1] == best
@@ -71,7 +71,7 @@ def test_converges_to_within_the_tolerance_with_the_paper_s_settings(best: int) 
 
 @given(change=st.integers(20, 300))
 def test_takes_up_speculation_within_one_set_phase_after_a_change(change: int) -> None:
-    emitted = lambda step, k: 1 + k if step >= change else 1  # noqa: E731
+    emitted = lambda step, k: 1 + k if step >= change else 1
     played = play(cascade(), 1200, HOPELESS, emitted)
     # A change during a test may be too late for it; the set phase that follows is the one to wait.
     ends = list(itertools.accumulate(steps for _, _, steps in played.phases()))
@@ -91,7 +91,7 @@ def test_a_hopeless_request_loses_at_most_6_percent_and_more_without_backoff() -
 
 
 def test_backoff_returns_to_16_once_speculation_pays_again() -> None:
-    emitted = lambda step, k: 1 + k if 100 <= step < 300 else 1  # noqa: E731
+    emitted = lambda step, k: 1 + k if 100 <= step < 300 else 1
     played = play(cascade(), 700, HOPELESS, emitted)
     sets = [(k, steps) for why, k, steps in played.phases() if why == "set"]
     first_on = next(i for i, (k, _) in enumerate(sets) if k)
@@ -117,8 +117,8 @@ def test_refreshes_the_baseline_about_every_100_steps_while_speculating() -> Non
 def test_a_drifting_baseline_is_followed() -> None:
     # Drafts cost 30% and earn 20%. Half way everything becomes three times as slow; taken against
     # the old baseline, no speculation would then look like a loss and the refresh must mend that.
-    cost = lambda step, k: (1.3 if k else 1.0) * (3 if step >= 500 else 1)  # noqa: E731
-    emitted = lambda _step, k: 1.2 if k else 1  # noqa: E731
+    cost = lambda step, k: (1.3 if k else 1.0) * (3 if step >= 500 else 1)
+    emitted = lambda _step, k: 1.2 if k else 1
     played = play(cascade(), 1500, cost, emitted)
     assert played.ks[700:].count(0) > 0.9 * len(played.ks[700:])
 
@@ -190,7 +190,7 @@ def test_in_a_batch_each_request_finds_its_own_k() -> None:
         policy.observe(Step(BASE * (1 + 0.05 * drafted), True, parts))
         if i >= 300:
             tail += decisions
-    k_of = lambda ids: [d.k for d in tail if d.request_id in ids]  # noqa: E731
+    k_of = lambda ids: [d.k for d in tail if d.request_id in ids]
     assert sum(k_of(bad)) / len(k_of(bad)) < 0.2
     assert sum(k_of(good)) / len(k_of(good)) > 3
 

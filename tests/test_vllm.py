@@ -17,15 +17,24 @@ from tests.conftest import MAX_K, Engine
 pytestmark = pytest.mark.engine
 
 PROMPTS = [
-    "Rename the variable x to total in this Python code and repeat the code:\n"
-    "def add(values):\n    x = 0\n    for v in values:\n        x = x + v\n    return x\n\n"
-    "def add(values):\n    total = 0\n",
-    "The days of the week are Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday. "
-    "The days of the week are",
-    "Question: a farmer has 12 cows and buys 7 more, then sells 4. How many cows are left?\nAnswer:",
+    """Rename the variable x to total in this Python code and repeat the code:
+def add(values):
+    x = 0
+    for v in values:
+        x = x + v
+    return x
+
+def add(values):
+    total = 0
+""",
+    """The days of the week are Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday. \
+The days of the week are""",
+    "Question: a farmer has 12 cows, buys 7 more, then sells 4. How many cows are left?\nAnswer:",
     "Once upon a time, in a village at the foot of a mountain, there lived an old clockmaker who",
-    'Name: Ada Lovelace. Born: 1815. City: London. As JSON: {"name": "Ada Lovelace", "born": 1815, '
-    '"city": "London"}\nName: Alan Turing. Born: 1912. City: Maida Vale. As JSON:',
+    """Name: Ada Lovelace. Born: 1815. City: London.
+As JSON: {"name": "Ada Lovelace", "born": 1815, "city": "London"}
+Name: Alan Turing. Born: 1912. City: Maida Vale.
+As JSON:""",
 ]
 
 
@@ -77,8 +86,8 @@ class Raises(RandomK):
 @pytest.fixture(autouse=True)
 def test_policies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(policies, "_REGISTRY", dict(policies.classes()))
-    register(RandomK)  # type: ignore[misc]
-    register(Raises)  # type: ignore[misc]
+    register(RandomK)
+    register(Raises)
     return iter(())
 
 
@@ -104,8 +113,7 @@ def test_greedy_output_is_the_same_under_every_policy(engine: Engine) -> None:
     reference = engine.generate(PROMPTS, policy("off"))
     drafted = {}
     for spec in ("static:3", "cascade", "random"):
-        outputs: list[list[int]] = []
-        steps = engine.steps_of(lambda s=spec, o=outputs: o.extend(engine.generate(PROMPTS, policy(s))))
+        outputs, steps = engine.generate_logged(PROMPTS, policy(spec))
         assert outputs == reference, spec
         drafted[spec] = {r["drafted"] for step in steps for r in step["requests"]}
         emitted = sum(r["emitted"] for step in steps for r in step["requests"])
@@ -183,13 +191,15 @@ def test_a_policy_that_raises_does_not_disturb_the_output(engine: Engine) -> Non
     reference = engine.generate(PROMPTS, policy("off"))
     before = engine.scheduler.cascade_faults["policy 'raises'"]
     asked = [policy("raises")] * 3 + [policy("random")] * 2
-    outputs: list[list[int]] = []
-    steps = engine.steps_of(lambda: outputs.extend(engine.generate(PROMPTS, asked)))
+    outputs, steps = engine.generate_logged(PROMPTS, asked)
     assert outputs == reference
     assert engine.scheduler.cascade_faults["policy 'raises'"] > before
-    last = steps[-8]["requests"]
-    assert [r["k"] for r in last if r["policy"] == ""] == [0, 0, 0]  # off, not retried
-    assert sum(r["drafted"] for s in steps[-20:] for r in s["requests"]) > 0  # others still draft
+    rows = [r for step in steps for r in step["requests"]]
+    retired = [r["k"] for r in rows if r["policy"] == ""]
+    assert len(retired) > 50
+    assert set(retired) == {0}  # off, and not tried again
+    after = rows[rows.index(next(r for r in rows if r["policy"] == "")) :]
+    assert sum(r["drafted"] for r in after) > 0  # the others still draft
 
 
 def test_whatever_raises_in_the_plugin_costs_drafts_not_requests(
@@ -210,8 +220,7 @@ def test_whatever_raises_in_the_plugin_costs_drafts_not_requests(
 def test_bad_request_options_fall_back_to_the_server_s_policy_raises(engine: Engine) -> None:
     reference = engine.generate(PROMPTS[:1], policy("off"))
     for bad in (policy("no-such"), {"cascade_max_k": 99}, {"cascade_polcy": "off"}):
-        outputs: list[list[int]] = []
-        steps = engine.steps_of(lambda b=bad, o=outputs: o.extend(engine.generate(PROMPTS[:1], b)))
+        outputs, steps = engine.generate_logged(PROMPTS[:1], bad)
         assert outputs == reference
         assert {r["policy"] for s in steps for r in s["requests"]} == {"cascade"}
     assert engine.scheduler.cascade_faults["request options"] >= 3

@@ -1,8 +1,8 @@
 """Policies: who decides the draft length K, and the registry that finds them by name.
 
 A policy is named by a *spec*: its name, and for some an argument after a colon (``off``,
-``static:3``, ``cascade``). Adding one takes one file: a class with the members of `Policy`, passed to
-`register`.
+``static:3``, ``cascade``). Adding one takes one file: a class with the members of `Policy`, passed
+to `register`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ class Static:
 
     def decide(self, request_ids: Sequence[str]) -> list[Decision]:
         """Return the fixed K for each."""
-        return [Decision(request_id, self._k_of[request_id], "static") for request_id in request_ids]
+        return [
+            Decision(request_id, self._k_of[request_id], "static") for request_id in request_ids
+        ]
 
     def observe(self, step: Step) -> None:
         """Nothing to learn."""

