@@ -68,13 +68,13 @@ def cost_share(seconds: float, baseline: float, requests: int, drafted: int, tot
         drafted: Drafts that this request verified (d).
         total: Drafts that all our requests verified (D).
 
-    Multiplied by n, noise in a large batch could make the sum zero or negative; the request's 1/n
-    of the step's time is the least it can have cost, and for n = 1 that is the formula itself.
+    Multiplied by n, noise in a large batch could make the sum zero or negative; a request is charged
+    at least its 1/n of the step.
     """
     if drafted == 0:
         return 1.0
     extra = requests * (drafted / total) * (seconds - baseline) / baseline
-    return max(1.0 + extra, seconds / baseline / requests)
+    return max(1.0 + extra, min(1.0, seconds / baseline) / requests)
 
 
 @dataclass(slots=True)
