@@ -26,6 +26,3 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``' (did you mean ...?)'`` for the allowed name closest to `name`, or ``''``."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-EnvironmentProblem = SetupError

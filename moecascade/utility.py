@@ -68,8 +68,8 @@ def cost_share(seconds: float, baseline: float, requests: int, drafted: int, tot
         drafted: Drafts that this request verified (d).
         total: Drafts that all our requests verified (D).
 
-    Multiplied by n, noise in a large batch could make the sum zero or negative; a request is charged
-    at least its 1/n of the step.
+    Multiplied by n, noise in a large batch could make the sum zero or negative; a request is
+    charged at least its 1/n of the step.
     """
     if drafted == 0:
         return 1.0

@@ -141,8 +141,8 @@ def make_engine(step_log: Path, speculative: Mapping[str, Any], **settings: Any)
 def second_engine() -> Iterator[None]:
     """Let vLLM start twice in one process.
 
-    At start vLLM 0.32 looks through the attributes of all modules, and stumbles over one of llvmlite's
-    that answers to every name; n-gram drafting has imported it by the time of a second start.
+    At start vLLM 0.32 looks through the attributes of all modules, and stumbles over one of
+    llvmlite's that answers to every name; n-gram drafting has imported it by a second start.
     """
     name = "llvmlite.binding.ffi"
     hidden = sys.modules.pop(name, None)

@@ -34,13 +34,11 @@ def model(
     write the same text: its feed-forward layers become experts behind a real router. They are what
     the demo and the tests serve.
 
-    Examples:
+    For example:
 
-        moecascade model                 build 'local' (8 experts, 1.4 GB)
-
-        moecascade model --all           all of them
-
-        moecascade model --list          what there is, and where
+        moecascade model             build 'local' (8 experts, 1.4 GB)
+        moecascade model --all       all of them
+        moecascade model --list      what there is, and where
     """
     chosen = list(localmodel.CATALOGUE) if all_ else (names or ["local"])
     chosen = list(dict.fromkeys(localmodel.find(name).name for name in chosen))

@@ -1,0 +1,125 @@
+"""`moecascade serve`: vLLM's OpenAI-compatible server with the plugin on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moecascade import launch, localmodel, server
+from moecascade.errors import ConfigError, SetupError, nearest
+from moecascade.vllm import compat
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name on the Hugging Face hub, a folder, or the name of a local model "
+            "(see 'moecascade model --list'), such as 'local'.",
+        ),
+    ],
+    *,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Who chooses K for requests that do not say: cascade (the default), off, "
+            "or static:K.",
+        ),
+    ] = None,
+    max_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Longest draft of the default n-gram drafter "
+            f"(by default {launch.DRAFTER['num_speculative_tokens']}).",
+        ),
+    ] = None,
+    step_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append a JSON line for each engine step to FILE."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")
+    ] = False,
+) -> None:
+    """Serve MODEL over HTTP, with draft lengths chosen while it runs.
+
+    This is vLLM's own server. Whatever follows MODEL and is not listed below goes to vLLM as it is,
+    and overrides what is chosen here: the scheduler, n-gram drafting and, on a CPU, flags that work
+    there.
+
+    For example:
+
+        moecascade serve local
+        moecascade serve Qwen/Qwen3-30B-A3B --port 8001 --tensor-parallel-size 2
+        moecascade serve ./my-moe --policy static:3 --dry-run
+
+    One request can choose for itself: add "vllm_xargs": {"cascade_policy": "off"} to its JSON, or
+    cap its drafts with {"cascade_max_k": 2}.
+    """
+    if model.startswith("-"):
+        raise ConfigError(
+            f"MODEL comes first, vLLM's flags after it, but the first word is {model!r}; "
+            f"write for example: moecascade serve local {' '.join([model, *context.args])}"
+        )
+    compat.check_version()
+    path, local_name = find_model(model, build=not dry_run)
+    planned = launch.plan(
+        path,
+        context.args,
+        policy=policy,
+        max_k=max_k,
+        step_log=step_log,
+        local_name=local_name,
+    )
+    if dry_run:
+        print(planned)
+        return
+    raise typer.Exit(server.run(planned))
+
+
+def _tell(what: str) -> None:
+    print(f"local model: {what}", file=sys.stderr, flush=True)
+
+
+def find_model(model: str, *, build: bool = True) -> tuple[str, str | None]:
+    """Return what to serve, a folder or a hub's name, and its name if it is a local model.
+
+    Args:
+        model: What the user wrote.
+        build: Build a local model that is not there yet.
+
+    Raises:
+        ConfigError: A misspelt local model.
+        SetupError: The folder does not exist or holds no model.
+    """
+    if model in localmodel.names():
+        if not build:
+            return str(localmodel.path_of(model)), model
+        return str(localmodel.ensure(model, progress=_tell)), model
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
+            raise SetupError(
+                f"the folder {model!r} holds no model (no config.json); give a model's folder"
+            )
+        return str(folder), None
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        if not folder.exists():  # a single file (GGUF) is vLLM's to judge
+            raise SetupError(
+                f"there is no model folder {model!r}; give one that exists, a name on the hub "
+                "(owner/name), or 'local' for the local model"
+            )
+        return str(folder), None
+    if "/" not in model and (hint := nearest(model, localmodel.names())):
+        raise ConfigError(
+            f"unknown model {model!r}{hint}; local models: {', '.join(localmodel.names())}; "
+            "models on the hub are named owner/name"
+        )
+    return model, None

@@ -1,0 +1,305 @@
+"""How to start vLLM's server: from what the user asked for to a command line.
+
+What would fail late, deep in vLLM, is refused here: unknown policies and keys, K out of range,
+options that contradict each other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecascade import machine
+from moecascade.errors import ConfigError
+from moecascade.options import CONFIG_KEY, server_options
+from moecascade.policies import ANY_K
+
+DRAFTER: dict[str, Any] = {
+    "method": "ngram",
+    "num_speculative_tokens": 8,
+    "prompt_lookup_min": 2,
+    "prompt_lookup_max": 4,
+}
+"""Speculative decoding where the user asks for none: copies from prompt and output, at most 8."""
+
+SCHEDULER = "moecascade.vllm.Scheduler"
+MIDDLEWARE = "moecascade.vllm.http.ValidateOptions"
+ANY_HOST = "0.0.0.0"  # noqa: S104 -- recognised, not bound
+LOCAL_MAX_MODEL_LEN = 4096
+CPU_CACHE_GIB = {True: 2, False: 4}
+"""Memory for the KV cache on a CPU, for a local model and for others."""
+
+_SHORT = {"-sc": "speculative-config"}
+_SAME = {  # other ways to say what a default of ours says
+    "spec-method": "speculative-config",
+    "spec-model": "speculative-config",
+    "spec-tokens": "speculative-config",
+    "no-enforce-eager": "enforce-eager",
+}
+_OURS = (
+    "speculative-config",
+    "scheduler-cls",
+    "additional-config",
+    "enforce-eager",
+    "dtype",
+    "max-model-len",
+    "served-model-name",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a server.
+
+    Attributes:
+        command: Program and arguments.
+        environment: Variables to set besides those that are set already.
+        model: The name by which requests ask for the model.
+        host: Where it will listen.
+        port: Where it will listen.
+        socket_path: The Unix socket where it listens instead, or "".
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    model: str
+    host: str
+    port: int
+    socket_path: str = ""
+
+    @property
+    def url(self) -> str:
+        """The server's address as seen from this machine."""
+        host = {"": "127.0.0.1", ANY_HOST: "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+    def __str__(self) -> str:
+        """Return a line that a shell would take."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
+
+
+class Flags:
+    """The vLLM flags that a user gave, by their canonical names; vLLM's own spellings all count.
+
+    ``--max_model_len=4``, ``--max-model-len 4``, an unambiguous beginning of a name that matters
+    here, and the keys of a ``--config`` file are all the same to vLLM, so they are here.
+
+    Raises:
+        ConfigError: The ``--config`` file cannot be read.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Read `arguments`."""
+        self._values: dict[str, str] = {}
+        for i, argument in enumerate(arguments):
+            if not argument.startswith("-"):
+                continue
+            name, equals, value = argument.partition("=")
+            follows = i + 1 < len(arguments) and not arguments[i + 1].startswith("--")
+            if not equals and follows:
+                value = arguments[i + 1]
+            dotted = "." in name  # --additional-config.cascade.policy=off
+            self._values[self._canonical(name)] = "" if dotted else value
+        if path := self.value("config"):
+            for key, value in self._read_file(path).items():
+                self._values.setdefault(self._canonical(f"--{key}"), value)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether the flag was given."""
+        return name in self._values
+
+    def value(self, name: str, default: str = "") -> str:
+        """Return the flag's value on the command line, `default` where there is none."""
+        return self._values.get(name) or default
+
+    @staticmethod
+    def _canonical(name: str) -> str:
+        if name in _SHORT:
+            return _SHORT[name]
+        plain = name.lstrip("-").partition(".")[0].replace("_", "-")
+        if plain in _SAME:
+            return _SAME[plain]
+        begun = [ours for ours in _OURS if ours.startswith(plain) and len(plain) >= 4]
+        return begun[0] if len(begun) == 1 else plain
+
+    @staticmethod
+    def _read_file(path: str) -> dict[str, str]:
+        import yaml  # type: ignore[import-untyped]  # comes with vLLM
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"--config {path}: {error.strerror}; give a YAML file that exists"
+            ) from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--config {path}: not YAML ({error}); mend the file") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config {path}: not a mapping of flags to values; mend the file")
+        return {
+            str(key): _json(value) if isinstance(value, dict) else str(value)
+            for key, value in values.items()
+        }
+
+
+def plan(
+    model: str,
+    arguments: Sequence[str] = (),
+    *,
+    policy: str | None = None,
+    max_k: int | None = None,
+    step_log: Path | None = None,
+    local_name: str | None = None,
+) -> Launch:
+    """Return how to serve `model` with the plugin on.
+
+    Args:
+        model: A folder or a name on the hub.
+        arguments: vLLM's own flags. They are passed on as they are and override our defaults.
+        policy: Spec of the policy for requests that choose none; the plugin's default if None.
+        max_k: Longest draft of the default drafter.
+        step_log: File for the plugin's step log.
+        local_name: The name of our local model that lives in the folder `model`, if it is one.
+
+    Raises:
+        ConfigError: An unknown policy or key, K out of range, options that contradict each other.
+    """
+    flags = Flags(arguments)
+    ours: list[str] = []
+    environment: dict[str, str] = {}
+    if "speculative-config" in flags:
+        if max_k is not None:
+            raise ConfigError(
+                f"--max-k {max_k} sets the default drafter's length, but you chose a drafter "
+                'yourself; write "num_speculative_tokens" in its configuration instead'
+            )
+    else:
+        ours += ["--speculative-config", _json(_drafter(max_k))]
+    ours += _plugin(flags, policy, max_k, step_log)
+    if machine.vllm_runs_on_cpu():
+        ours += _for_cpu(flags)
+        environment |= _cpu_environment(local=local_name is not None)
+    if local_name is not None:
+        environment["HF_HUB_OFFLINE"] = "1"
+        if "max-model-len" not in flags:
+            ours += ["--max-model-len", str(LOCAL_MAX_MODEL_LEN)]
+        if "served-model-name" not in flags:
+            ours += ["--served-model-name", local_name]
+    try:
+        port = int(flags.value("port", "8000"))
+    except ValueError:
+        raise ConfigError(f"--port {flags.value('port')}: give a number, such as 8000") from None
+    return Launch(
+        command=(*_entry(model), *ours, *arguments),
+        environment=environment,
+        model=flags.value("served-model-name", local_name or model),
+        host=flags.value("host"),
+        port=port,
+        socket_path=flags.value("uds"),
+    )
+
+
+def _for_cpu(flags: Flags) -> list[str]:
+    """Return flags that work on a CPU, where the user did not decide."""
+    wanted = {"enforce-eager": ["--enforce-eager"], "dtype": ["--dtype", "bfloat16"]}
+    return [word for name, words in wanted.items() if name not in flags for word in words]
+
+
+def _cpu_environment(*, local: bool) -> dict[str, str]:
+    """Return variables that vLLM wants on a CPU, where the user did not set them."""
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {}
+    return {"VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB[local])}
+
+
+def _drafter(max_k: int | None) -> dict[str, Any]:
+    """Return the default drafter with drafts of at most `max_k`."""
+    if max_k is None:
+        return DRAFTER
+    if max_k < 1:
+        raise ConfigError(f"--max-k {max_k}: must be at least 1; for no speculation: --policy off")
+    return {**DRAFTER, "num_speculative_tokens": max_k}
+
+
+def _plugin(
+    flags: Flags, policy: str | None, max_k: int | None, step_log: Path | None
+) -> list[str]:
+    """Return the flags that switch the plugin on and configure it; check what was asked of it."""
+    chosen = {"--policy": policy, "--step-log": step_log}
+    asked = [f"{name} {value}" for name, value in chosen.items() if value is not None]
+    if "scheduler-cls" in flags:
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} is for our scheduler, but --scheduler-cls "
+                f"{flags.value('scheduler-cls')} replaces it; drop one of the two"
+            )
+        return []
+    longest = max_k if max_k is not None else _longest_draft(flags)
+    switch = ["--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE]
+    if "additional-config" in flags:
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} and --additional-config were both given; write it there instead: "
+                f"""'{{"{CONFIG_KEY}": {{"policy": "...", "step_log": "..."}}}}'"""
+            )
+        if text := flags.value("additional-config"):
+            try:
+                server_options(json.loads(text), longest)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"--additional-config {text}: not JSON ({error}); put the whole of it in "
+                    "single quotes and names in double quotes"
+                ) from None
+        return switch
+    config = {}
+    if policy is not None:
+        config["policy"] = policy
+    if step_log is not None:
+        config["step_log"] = str(step_log.absolute())
+    server_options({CONFIG_KEY: config}, longest)
+    return [*switch, "--additional-config", _json({CONFIG_KEY: config})] if config else switch
+
+
+def _longest_draft(flags: Flags) -> int:
+    """Return the longest draft of the drafter that the user chose, as far as it can be read."""
+    if text := flags.value("speculative-config"):
+        with suppress(ValueError, KeyError, TypeError):  # vLLM will say what is wrong with it
+            return int(json.loads(text)["num_speculative_tokens"])
+    if "speculative-config" in flags:
+        return ANY_K
+    return int(DRAFTER["num_speculative_tokens"])
+
+
+def _entry(model: str) -> list[str]:
+    """Return the command that starts a server: the first of vLLM's ways that works here.
+
+    ``vllm serve`` does all that vLLM can, but needs the distribution to be called ``vllm``; CPU
+    builds are not. The module behind it serves one engine, and moved from an old place to a new.
+    """
+    python = [sys.executable, "-m"]
+    if machine.version("vllm") is not None:
+        return [*python, "vllm.entrypoints.cli.main", "serve", model]
+    new = "vllm.entrypoints.launchers.api_server.entry"
+    old = "vllm.entrypoints.openai.api_server"
+    return [*python, new if _exists(new) else old, "--model", model]
+
+
+def _exists(module: str) -> bool:
+    """Return whether a module of vLLM exists, without importing any of it."""
+    found = importlib.util.find_spec("vllm")
+    roots = (found.submodule_search_locations or []) if found else []
+    path = Path(*module.split(".")[1:]).with_suffix(".py")
+    return any((Path(root) / path).is_file() for root in roots)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,308 @@
+"""Servers as child processes: whatever happens to us or to them, nothing is left behind."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from moecascade import demo, launch, localmodel, prompts, server, steplog
+from moecascade.client import chat
+from moecascade.errors import SetupError
+from moecascade.launch import Launch
+from moecascade.server import Server
+
+PATIENCE = 60.0
+QUICK = (
+    "import moecascade.supervisor as s; s.GRACE_SECONDS = s.ORPHAN_GRACE_SECONDS = 0.5; s.main()"
+)
+
+STUBBORN = """
+    import signal, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+FAMILY = f"""
+    import subprocess, sys, time
+    child = "import os, subprocess, sys\\nos.setsid()\\n" + {STUBBORN.replace("    ", "")!r}
+    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', " + repr(child) + "])"
+    subprocess.run([sys.executable, "-c", orphan], check=True)
+    subprocess.Popen([sys.executable, "-c", child])
+    time.sleep(600)
+"""
+"""Has a child that ignores SIGTERM and left the session, and a grandchild whose parent is gone."""
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable that all processes of this test inherit, and nobody else has."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)  # conftest's, for engines inside the test process
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("MOECASCADE_TEST", value)
+    return value
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("MOECASCADE_TEST") == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def family_ready(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == [b"ready\n"] * 2
+
+
+def python(script: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(script)]
+
+
+def supervised(script: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", QUICK, *python(script)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def close_lifeline(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def head_ready(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("raise SystemExit(0)", 0),
+        ("raise SystemExit(3)", 3),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 128 + 9),
+    ],
+)
+def test_the_supervisor_ends_as_its_head_does(script: str, status: int):
+    with supervised(script) as process:
+        assert process.wait(PATIENCE) == status
+
+
+def test_closing_the_lifeline_ends_the_whole_family(mark: str):
+    with supervised(FAMILY) as process:
+        family_ready(process)
+        assert len(marked(mark)) == 4  # supervisor, head, child, orphan
+        close_lifeline(process)
+        process.wait(PATIENCE)
+    assert marked(mark) == []
+
+
+def test_a_head_that_dies_badly_leaves_no_orphans(mark: str):
+    with supervised(FAMILY) as process:
+        family_ready(process)
+        (head,) = [
+            p for p in psutil.Process(process.pid).children() if "orphan" in str(p.cmdline())
+        ]
+        head.kill()
+        assert process.wait(PATIENCE) == 128 + 9
+    assert marked(mark) == []
+
+
+def test_the_family_ends_when_we_are_killed(mark: str):
+    starter = f"""
+        import subprocess, sys, time
+        command = [sys.executable, "-c", {QUICK!r}, *{python(FAMILY)!r}]
+        subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen(python(starter), stdout=subprocess.PIPE) as process:
+        family_ready(process)
+        assert len(marked(mark)) == 5  # and the starter
+        process.kill()
+    wait_until(lambda: marked(mark) == [])
+
+
+def test_a_head_that_ignores_sigterm_is_killed(mark: str):
+    with supervised(STUBBORN) as process:
+        head_ready(process)
+        close_lifeline(process)
+        assert process.wait(PATIENCE) == 128 + 9
+    assert marked(mark) == []
+
+
+POLITE = """
+    import signal, sys, time
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(7))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(6))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_head_may_end_in_its_own_way_when_the_lifeline_closes():
+    with supervised(POLITE) as process:
+        head_ready(process)
+        close_lifeline(process)
+        assert process.wait(PATIENCE) == 6
+
+
+def test_signals_are_passed_on_to_the_head():
+    with supervised(POLITE) as process:
+        head_ready(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 7
+
+
+def command(script: str) -> Launch:
+    return Launch(tuple(python(script)), {}, "none", "127.0.0.1", server.free_port())
+
+
+def test_a_server_that_fails_to_start_is_reported_with_the_end_of_its_log(
+    tmp_path: Path, mark: str
+):
+    failing = "print('loading', flush=True); raise MemoryError('no room for the model')"
+    with (
+        Server(command(failing), tmp_path / "server.log") as running,
+        pytest.raises(SetupError, match=r"no room for the model(.|\n)*moecascade doctor"),
+    ):
+        running.wait_ready(PATIENCE)
+    assert marked(mark) == []
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, mark: str):
+    said: list[str] = []
+    with (
+        Server(command(STUBBORN.replace("SIGTERM", "SIGUSR1")), tmp_path / "log") as running,
+        pytest.raises(SetupError, match="did not answer within 2 s"),
+    ):
+        running.wait_ready(2, tell=said.append)
+    assert said[-1] == "ready"  # what it printed last
+    assert marked(mark) == []
+
+
+def test_a_busy_port_is_refused_before_anything_starts(tmp_path: Path, mark: str):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        busy = Launch(("false",), {}, "none", "127.0.0.1", port)
+        with pytest.raises(SetupError, match=f"port {port} .*--port"), Server(busy, tmp_path / "l"):
+            pass
+    assert marked(mark) == []
+
+
+def test_a_port_out_of_range_is_refused():
+    with pytest.raises(SetupError, match="port 70000"):
+        server.check_port("127.0.0.1", 70000)
+
+
+def test_a_free_port_can_be_used():
+    server.check_port("127.0.0.1", server.free_port())
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A real server with the local model."""
+    scratch = tmp_path_factory.mktemp("server")
+    log = scratch / "steps.jsonl"
+    saved = {name: os.environ.pop(name, None) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING",)}
+    planned = launch.plan(
+        str(localmodel.ensure("local")),
+        ["--host", "127.0.0.1", "--port", str(server.free_port()), "--max-num-seqs", "4"],
+        step_log=log,
+        local_name="local",
+    )
+    try:
+        with Server(planned, scratch / "server.log") as running:
+            running.wait_ready(600)
+            yield running, log
+            family = psutil.Process(running.process_id).children(recursive=True)
+    finally:
+        os.environ.update({name: value for name, value in saved.items() if value is not None})
+    assert len(family) >= 3  # HTTP server, engine core, worker
+    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    server.check_port("127.0.0.1", planned.port)
+
+
+@pytest.mark.engine
+def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path]):
+    running, log = vllm
+    settings = demo.Settings(("off", "static:3", "cascade"), prompts_per_task=1, max_tokens=32)
+    plan = demo.plan(prompts.mix(1), settings)
+    answers = asyncio.run(demo.measure(running.launch.url, running.launch.model, plan, settings))
+    wait_until(lambda: len(demo.tally(steplog.read(log))) == len(plan))
+    rows = demo.rows(answers, demo.tally(steplog.read(log)))
+    assert len(rows) == 9
+    for row in rows:
+        # The first token comes from the prompt's own pass, which is no decode step.
+        assert row.tokens == row.emitted + 1
+        assert row.decoded == row.tokens - 1
+        # What a user waits for is what the engine measured, but for the last hop.
+        assert row.decode_seconds == pytest.approx(row.step_seconds, rel=0.25, abs=0.1)
+        if row.policy == "off":
+            assert row.k_total == row.drafted == 0
+            assert row.steps_at_0 == row.steps == row.emitted
+        if row.policy == "static:3":
+            assert row.k_total == 3 * row.steps
+    assert sum(row.drafted for row in rows) > 0
+
+
+@pytest.mark.engine
+def test_a_bad_request_option_is_the_servers_400_with_our_words(vllm: tuple[Server, Path]):
+    running, _ = vllm
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(base_url=running.launch.url, timeout=60) as http:
+            await chat(
+                http,
+                running.launch.model,
+                "Hello",
+                request_id="bad",
+                max_tokens=4,
+                xargs={"cascade_policy": "statik:3"},
+            )
+
+    with pytest.raises(SetupError, match=r"400 .*did you mean 'static'"):
+        asyncio.run(ask())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("moment", ["start-up", "measuring"])
+def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path, mark: str, moment: str):
+    log = tmp_path / "server.log"
+    arguments = ["demo", "--out", str(tmp_path), "--policies", "off,cascade"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "moecascade", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        sign = "EngineCore" if moment == "start-up" else "POST /v1/chat/completions"
+        wait_until(lambda: log.exists() and sign in log.read_text(errors="replace"), 300)
+        assert len(marked(mark)) >= 3
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        assert process.wait(PATIENCE) == 130
+    assert marked(mark) == []
+    assert not (tmp_path / "demo.json").exists()
