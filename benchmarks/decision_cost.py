@@ -17,7 +17,7 @@ from rich.table import Table
 from moecascade.controller import Controller
 from moecascade.machine import caption, describe
 from moecascade.options import RequestOptions, ServerOptions
-from moecascade.steps import RequestStep, Step
+from moecascade.steps import Proposal, RequestStep, Step
 
 POLICIES = ("off", "static:3", "cascade")
 BATCHES = (1, 8, 64, 256)
@@ -30,13 +30,14 @@ def microseconds(spec: str, batch: int) -> float:
     request_ids = [f"r{i}" for i in range(batch)]
     for request_id in request_ids:
         controller.add(request_id, RequestOptions())
+    proposals = [Proposal(request_id) for request_id in request_ids]
     steps = max(20, 2000 // batch)
     times = []
     for _ in range(BLOCKS):
         spent = 0.0
         for i in range(steps):
             began = time.perf_counter()
-            decisions = controller.decide(request_ids)
+            decisions = controller.decide(proposals)
             spent += time.perf_counter() - began
             parts = tuple(
                 RequestStep(request_id, d.k, 1 + (i % (d.k + 1)))

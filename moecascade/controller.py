@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 from moecascade import policies
 from moecascade.options import RequestOptions, ServerOptions
 from moecascade.policies import Policy
-from moecascade.steps import Decision, Step
+from moecascade.steps import Decision, Proposal, Step
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,7 +58,7 @@ class Controller:
         """Return how many requests are known."""
         return len(self._group_of)
 
-    def add(self, request_id: str, asked: RequestOptions) -> None:
+    def add(self, request_id: str, asked: RequestOptions, prompt: Sequence[int] = ()) -> None:
         """A request begins under the policy that it asked for, or the server's.
 
         Raises:
@@ -68,7 +68,7 @@ class Controller:
         cap = self._max_k if asked.max_k is None else min(asked.max_k, self._max_k)
         self._group_of[request_id] = group
         group.members.add(request_id)
-        self._guarded(group, group.policy.add, request_id, cap)
+        self._guarded(group, group.policy.add, request_id, cap, prompt)
 
     def drop(self, request_id: str) -> None:
         """A request ended, however it ended: forget it. Unknown names are ignored."""
@@ -87,19 +87,19 @@ class Controller:
         for group in seen:
             self._guarded(group, group.policy.observe, step)
 
-    def decide(self, request_ids: Sequence[str]) -> dict[str, Decision]:
+    def decide(self, proposals: Sequence[Proposal]) -> dict[str, Decision]:
         """Return the decision for the next step of each request; K = 0 for unknown ones."""
-        by_group: dict[int, tuple[_Group, list[str]]] = {}
+        by_group: dict[int, tuple[_Group, list[Proposal]]] = {}
         decisions: dict[str, Decision] = {}
-        for request_id in request_ids:
-            group = self._group_of.get(request_id)
+        for proposal in proposals:
+            group = self._group_of.get(proposal.request_id)
             if group is None:
-                decisions[request_id] = Decision(request_id, 0, "fault")
+                decisions[proposal.request_id] = Decision(proposal.request_id, 0, "fault")
             else:
-                by_group.setdefault(id(group), (group, []))[1].append(request_id)
+                by_group.setdefault(id(group), (group, []))[1].append(proposal)
         for group, members in by_group.values():
             made = self._guarded(group, _checked, group, members, self._max_k)
-            for decision in made or [Decision(member, 0, "fault") for member in members]:
+            for decision in made or [Decision(p.request_id, 0, "fault") for p in members]:
                 decisions[decision.request_id] = decision
         return decisions
 
@@ -149,10 +149,10 @@ class Controller:
             return None
 
 
-def _checked(group: _Group, members: Sequence[str], max_k: int) -> list[Decision]:
-    """Return the policy's decisions for `members`; ValueError where they are not usable."""
-    decisions = group.policy.decide(members)
-    if [d.request_id for d in decisions] != list(members):
+def _checked(group: _Group, proposals: Sequence[Proposal], max_k: int) -> list[Decision]:
+    """Return the policy's decisions on `proposals`; ValueError where they are not usable."""
+    decisions = group.policy.decide(proposals)
+    if [d.request_id for d in decisions] != [p.request_id for p in proposals]:
         raise ValueError(f"policy {group.spec!r} decided for other requests than it was asked for")
     if not all(0 <= d.k <= max_k for d in decisions):
         raise ValueError(f"policy {group.spec!r} decided a K outside 0..{max_k}: {decisions}")

@@ -7,6 +7,7 @@ own. A *decision* is the draft length K that a request uses in the next step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,11 +21,14 @@ class RequestStep:
             decided: a drafter proposes what it has.
         emitted: Tokens the step gave the request: accepted drafts plus one. May be fewer where a
             stop token or the length limit cut the step short.
+        tokens: The ids of those tokens, for policies that learn from the text; empty where the
+            engine does not tell them.
     """
 
     request_id: str
     drafted: int
     emitted: int
+    tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,19 @@ class Step:
     seconds: float | None
     decode: bool
     requests: tuple[RequestStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a drafter proposes for a request's next step; the subject of a decision.
+
+    Attributes:
+        request_id: The engine's name for the request.
+        tokens: The draft, as long as the drafter could make it; empty where it had none.
+    """
+
+    request_id: str
+    tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

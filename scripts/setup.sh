@@ -39,6 +39,6 @@ say "vLLM for CPUs and the rest, $total packages (about a minute)"
   { grep -v '^WARNING: Location' .venv/errors >&2; fail "pip could not install requirements/cpu.txt"; }
 pip install --no-deps --no-build-isolation --editable .
 
-.venv/bin/python -c 'import torch, transformers, vllm' >/dev/null 2>&1 || fail "what was installed cannot be imported"
+.venv/bin/python -c 'import vllm; from transformers import AutoModelForCausalLM' >/dev/null 2>&1 || fail "what was installed cannot be imported"
 printf '%s\n' "$wanted" >"$stamp"
 say "ready"

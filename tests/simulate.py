@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from moecascade.policies import Policy
-from moecascade.steps import RequestStep, Step
+from moecascade.steps import Proposal, RequestStep, Step
 
 BASE = 0.025  # seconds of a step without drafts; any positive number will do
 
@@ -48,7 +48,7 @@ def play(
     ks, why = [], []
     tokens = time = 0.0
     for i in range(steps):
-        (decision,) = policy.decide([request_id])
+        (decision,) = policy.decide([Proposal(request_id)])
         k = decision.k
         gained, spent = emitted(i, k), cost(i, k)
         part = RequestStep(request_id, k, gained)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moecascade.policies import create
 from moecascade.policies.cascade import Cascade, CascadeSettings, best_trial, next_trial
-from moecascade.steps import RequestStep, Step
+from moecascade.steps import Proposal, RequestStep, Step
 from tests.simulate import BASE, curve, play
 
 HOPELESS = curve([1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8])
@@ -129,7 +129,7 @@ def test_pauses_and_prefill_do_not_count() -> None:
     policy.add("r", 8)
     ks = []
     for i in range(200):
-        (decision,) = policy.decide(["r"])
+        (decision,) = policy.decide([Proposal("r")])
         ks.append(decision.k)
         part = (RequestStep("r", decision.k, decision.k + 1),)
         policy.observe(Step(HOPELESS(i, decision.k) * BASE, True, part))
@@ -165,11 +165,11 @@ def test_lookahead_is_never_below_the_next_decision() -> None:
         policy = cascade()
         policy.add("r", 8)
         for i in range(500):
-            (decision,) = policy.decide(["r"])
+            (decision,) = policy.decide([Proposal("r")])
             promised = policy.lookahead("r")
             part = RequestStep("r", decision.k, emitted(i, decision.k))
             policy.observe(Step(HOPELESS(i, decision.k) * BASE, True, (part,)))
-            assert policy.decide(["r"])[0].k <= promised
+            assert policy.decide([Proposal("r")])[0].k <= promised
 
 
 def test_in_a_batch_each_request_finds_its_own_k() -> None:
@@ -181,7 +181,7 @@ def test_in_a_batch_each_request_finds_its_own_k() -> None:
         policy.add(request_id, 8)
     tail = []
     for i in range(400):
-        decisions = policy.decide(good + bad)
+        decisions = policy.decide([Proposal(r) for r in good + bad])
         drafted = sum(d.k for d in decisions)
         parts = tuple(
             RequestStep(d.request_id, d.k, d.k + 1 if d.request_id in good else 1)
@@ -200,7 +200,7 @@ def test_learns_a_baseline_though_others_in_the_batch_always_draft() -> None:
     policy.add("ours", 8)
     ks = []
     for _ in range(100):
-        (decision,) = policy.decide(["ours"])
+        (decision,) = policy.decide([Proposal("ours")])
         ks.append(decision.k)
         parts = (RequestStep("ours", decision.k, 1), RequestStep("theirs", 3, 2))
         policy.observe(Step(BASE * (1 + 0.1 * (3 + decision.k)), True, parts))

@@ -13,7 +13,7 @@ from moecascade.controller import Controller
 from moecascade.errors import ConfigError
 from moecascade.options import RequestOptions, ServerOptions, request_options, server_options
 from moecascade.policies import create, register
-from moecascade.steps import Decision, RequestStep, Step
+from moecascade.steps import Decision, Proposal, RequestStep, Step
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Faulty:
         if where == self.fail_in:
             raise RuntimeError(where)
 
-    def add(self, request_id: str, max_k: int) -> None:
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         self._fail("add")
 
     def drop(self, request_id: str) -> None:
         self._fail("drop")
 
-    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         self._fail("decide")
-        return [Decision(r, self.k, "faulty") for r in request_ids]
+        return [Decision(p.request_id, self.k, "faulty") for p in proposals]
 
     def observe(self, step: Step) -> None:
         self._fail("observe")
@@ -76,6 +76,10 @@ def step(*request_ids: str) -> Step:
     return Step(0.03, True, tuple(RequestStep(r, 0, 1) for r in request_ids))
 
 
+def decide(c: Controller, request_ids: Sequence[str]) -> dict[str, Decision]:
+    return c.decide([Proposal(request_id) for request_id in request_ids])
+
+
 def ks(decisions: Mapping[str, Decision]) -> dict[str, int]:
     return {request_id: decision.k for request_id, decision in decisions.items()}
 
@@ -86,11 +90,11 @@ def test_each_request_is_decided_for_by_its_own_policy() -> None:
     c.add("b", RequestOptions(policy="off"))
     c.add("c", RequestOptions(policy="static:8", max_k=5))
     c.add("d", RequestOptions(policy="cascade"))
-    assert ks(c.decide(["d", "c", "b", "a"])) == {"a": 3, "b": 0, "c": 5, "d": 0}
+    assert ks(decide(c, ["d", "c", "b", "a"])) == {"a": 3, "b": 0, "c": 5, "d": 0}
     assert [c.spec(r) for r in "abcd"] == ["static:3", "off", "static:8", "cascade"]
     for _ in range(4):
         c.observe(step("a", "b", "c", "d"))
-    assert c.decide(["d"])["d"].k == 3
+    assert decide(c, ["d"])["d"].k == 3
     assert c.lookahead(["a", "b"]) == 3
 
 
@@ -102,11 +106,11 @@ def test_a_policy_that_raises_costs_only_its_own_requests_their_drafts(
     faulty.fail_in = where
     c.add("good", RequestOptions())
     c.add("bad", RequestOptions(policy="faulty"))
-    c.decide(["good", "bad"])
+    decide(c, ["good", "bad"])
     c.observe(step("good", "bad"))
     c.lookahead(["good", "bad"])
     c.explain("bad")
-    assert ks(c.decide(["good", "bad"])) == {"good": 3, "bad": 0}
+    assert ks(decide(c, ["good", "bad"])) == {"good": 3, "bad": 0}
     assert faults == ["faulty"]
     assert c.faults["faulty"] == 1
     c.drop("good")
@@ -119,7 +123,7 @@ def test_a_decision_out_of_range_is_a_fault(faulty: type[Faulty], k: int) -> Non
     faulty.k = k
     c, faults = controller("faulty")
     c.add("r", RequestOptions())
-    assert ks(c.decide(["r"])) == {"r": 0}
+    assert ks(decide(c, ["r"])) == {"r": 0}
     assert faults == ["faulty"]
 
 
@@ -130,12 +134,12 @@ def test_after_a_fault_new_requests_get_a_fresh_policy(faulty: type[Faulty]) -> 
     c.observe(step("old"))
     faulty.fail_in = ""
     c.add("new", RequestOptions())
-    assert ks(c.decide(["old", "new"])) == {"old": 0, "new": 2}
+    assert ks(decide(c, ["old", "new"])) == {"old": 0, "new": 2}
 
 
 def test_unknown_requests_run_without_drafts() -> None:
     c, faults = controller()
-    assert ks(c.decide(["who"])) == {"who": 0}
+    assert ks(decide(c, ["who"])) == {"who": 0}
     assert c.spec("who") == ""
     c.drop("who")
     assert not faults

@@ -11,7 +11,7 @@ import pytest
 
 from moecascade import policies
 from moecascade.policies import register
-from moecascade.steps import Decision, Step
+from moecascade.steps import Decision, Proposal, Step
 from tests.conftest import MAX_K, Engine
 
 pytestmark = pytest.mark.engine
@@ -54,14 +54,15 @@ class RandomK:
         self._random = random.Random(0)
         self._max_k = max_k
 
-    def add(self, request_id: str, max_k: int) -> None:
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         pass
 
     def drop(self, request_id: str) -> None:
         pass
 
-    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
-        return [Decision(r, self._random.randint(0, self._max_k), "random") for r in request_ids]
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
+        ks = [self._random.randint(0, self._max_k) for _ in proposals]
+        return [Decision(p.request_id, k, "random") for p, k in zip(proposals, ks, strict=True)]
 
     def observe(self, step: Step) -> None:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from moecascade.steps import Decision, Step
+from moecascade.steps import Decision, Proposal, Step
 
 
 class Policy(Protocol):
@@ -28,13 +28,17 @@ class Policy(Protocol):
     def __init__(self, settings: Any, max_k: int) -> None:
         """Make a policy for an engine that can verify at most `max_k` drafts a request."""
 
-    def add(self, request_id: str, max_k: int) -> None:
-        """A request begins; it may use drafts of at most `max_k` tokens, 0 for none."""
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
+        """A request begins; it may use drafts of at most `max_k` tokens, 0 for none.
+
+        `prompt` is its token ids, for policies that learn from the text; empty where the engine
+        does not tell them.
+        """
 
     def drop(self, request_id: str) -> None:
         """A request ended, however it ended: forget it. Unknown names are ignored."""
 
-    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Return the draft length for the next step of each of these requests, in order."""
 
     def observe(self, step: Step) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from moecascade.errors import ConfigError
-from moecascade.steps import Decision, Step
+from moecascade.steps import Decision, Proposal, Step
 from moecascade.utility import Baseline, Tally, cost_share
 
 Trial = tuple[int, float]  # K, and the utility measured with it
@@ -139,7 +139,7 @@ class Cascade:
         self._baseline = Baseline(settings.baseline_steps, settings.refresh_steps)
         self._positions = 1  # of the last step without our drafts, see Baseline
 
-    def add(self, request_id: str, max_k: int) -> None:
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Begin with the baseline phase."""
         s = self._settings
         cap = min(max_k, self._max_k)
@@ -149,19 +149,17 @@ class Cascade:
         """Forget the request."""
         self._requests.pop(request_id, None)
 
-    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Return each request's K; 0 for all of them while the baseline has to be measured."""
-        requests = self._requests
-        wanted = any(requests[request_id].k for request_id in request_ids)
-        hold = wanted and self._baseline.due(self._positions)
+        requests = [self._requests[p.request_id] for p in proposals]
+        hold = any(r.k for r in requests) and self._baseline.due(self._positions)
         decisions = []
-        for request_id in request_ids:
-            r = requests[request_id]
+        for p, r in zip(proposals, requests, strict=True):
             r.held = hold
             if hold:
-                decisions.append(Decision(request_id, 0, "refresh"))
+                decisions.append(Decision(p.request_id, 0, "refresh"))
             else:
-                decisions.append(Decision(request_id, r.k, r.phase))
+                decisions.append(Decision(p.request_id, r.k, r.phase))
         return decisions
 
     def observe(self, step: Step) -> None:

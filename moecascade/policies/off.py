@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moecascade.steps import Decision, Step
+from moecascade.steps import Decision, Proposal, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +24,15 @@ class Off:
     def __init__(self, settings: OffSettings, max_k: int) -> None:
         """Make the policy; both arguments are there for the registry's sake."""
 
-    def add(self, request_id: str, max_k: int) -> None:
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Nothing to keep."""
 
     def drop(self, request_id: str) -> None:
         """Nothing to forget."""
 
-    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Return K = 0 for each."""
-        return [Decision(request_id, 0, "off") for request_id in request_ids]
+        return [Decision(p.request_id, 0, "off") for p in proposals]
 
     def observe(self, step: Step) -> None:
         """Nothing to learn."""

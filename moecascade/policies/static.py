@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moecascade.errors import ConfigError
-from moecascade.steps import Decision, Step
+from moecascade.steps import Decision, Proposal, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Static:
         self._k = settings.k
         self._k_of: dict[str, int] = {}
 
-    def add(self, request_id: str, max_k: int) -> None:
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Keep the request's K: ours, or its cap where that is lower."""
         self._k_of[request_id] = min(self._k, max_k)
 
@@ -46,11 +46,9 @@ class Static:
         """Forget the request."""
         self._k_of.pop(request_id, None)
 
-    def decide(self, request_ids: Sequence[str]) -> list[Decision]:
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Return the fixed K for each."""
-        return [
-            Decision(request_id, self._k_of[request_id], "static") for request_id in request_ids
-        ]
+        return [Decision(p.request_id, self._k_of[p.request_id], "static") for p in proposals]
 
     def observe(self, step: Step) -> None:
         """Nothing to learn."""

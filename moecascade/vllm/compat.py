@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import ConfigError, SetupError
@@ -161,14 +161,19 @@ def verified(output: SchedulerOutput) -> Iterable[tuple[str, int]]:
         yield request_id, len(tokens) if tokens and tokens[0] >= 0 else 0
 
 
-def emitted(output: ModelRunnerOutput, request_id: str) -> int:
-    """Return how many tokens the step gave a request.
+def prompt_tokens(request: Request) -> Sequence[int]:
+    """Return the prompt's token ids, none where it came as embeddings."""
+    return request.prompt_token_ids or ()
+
+
+def emitted(output: ModelRunnerOutput, request_id: str) -> Sequence[int]:
+    """Return the tokens that the step gave a request.
 
     vLLM cuts the list in place where a stop token or the length limit ends the request, so this is
     what the user gets once `update_from_output` has run.
     """
     tokens = output.sampled_token_ids
-    return len(tokens[output.req_id_to_index[request_id]]) if tokens else 0
+    return tokens[output.req_id_to_index[request_id]] if tokens else ()
 
 
 def with_drafts(proposed: DraftTokenIds, drafts: list[list[int]]) -> DraftTokenIds:

@@ -25,7 +25,7 @@ from moecascade.controller import Controller
 from moecascade.errors import ConfigError
 from moecascade.options import RequestOptions, request_options, server_options
 from moecascade.steplog import StepLog
-from moecascade.steps import Decision, RequestStep, Step
+from moecascade.steps import Decision, Proposal, RequestStep, Step
 from moecascade.vllm import compat
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Scheduler(VllmScheduler):
                 self._report(
                     "request options", f"{error}; the request runs under the server's policy"
                 )
-        self.controller.add(request.request_id, asked)
+        self.controller.add(request.request_id, asked, compat.prompt_tokens(request))
 
     def _forget_ended(self) -> None:
         while self._ended:
@@ -133,8 +133,9 @@ class Scheduler(VllmScheduler):
         self._began = now if busy else None
         if not compat.is_empty(output):
             parts = tuple(
-                RequestStep(request_id, drafted, compat.emitted(results, request_id))
+                RequestStep(request_id, drafted, len(tokens), tokens)
                 for request_id, drafted in compat.verified(output)
+                for tokens in [compat.emitted(results, request_id)]
             )
             decode = compat.is_decode(output) and all(part.emitted for part in parts)
             step = Step(None if began is None else now - began, decode, parts)
@@ -147,13 +148,13 @@ class Scheduler(VllmScheduler):
             self._step_log.flush()
 
     def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
-        deciding = [
-            request_id
-            for request_id in proposed.req_ids
+        proposals = [
+            Proposal(request_id, tokens)
+            for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True)
             if (request := self.requests.get(request_id)) is not None
             and not request.is_prefill_chunk
         ]
-        decided = self.controller.decide(deciding)
+        decided = self.controller.decide(proposals)
         self._decisions.update(decided)
         drafts = [
             tokens[: decision.k] if (decision := decided.get(request_id)) else []
