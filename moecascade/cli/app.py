@@ -11,6 +11,7 @@ from moecascade import machine
 from moecascade.cli.demo import demo
 from moecascade.cli.doctor import doctor
 from moecascade.cli.model import model
+from moecascade.cli.replay import replay
 from moecascade.cli.serve import serve
 from moecascade.errors import CascadeError
 
@@ -57,6 +58,7 @@ app.command(no_args_is_help=True, context_settings=serve_settings)(serve)
 app.command()(demo)
 app.command()(doctor)
 app.command()(model)
+app.command(no_args_is_help=True)(replay)
 
 
 def run() -> None:

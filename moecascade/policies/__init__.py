@@ -14,6 +14,7 @@ from typing import Any
 from moecascade.errors import ConfigError, nearest
 from moecascade.policies.base import Policy
 from moecascade.policies.cascade import Cascade
+from moecascade.policies.marginal import Marginal
 from moecascade.policies.off import Off
 from moecascade.policies.static import Static
 from moecascade.settings import from_mapping
@@ -30,7 +31,7 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-for _policy in (Off, Static, Cascade):
+for _policy in (Off, Static, Cascade, Marginal):
     register(_policy)
 
 

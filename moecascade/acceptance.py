@@ -1,0 +1,148 @@
+"""How many tokens of a draft will be accepted: learnt online, from drafts verified or not.
+
+A draft that was not verified can still be scored: compare it with the tokens that the target then
+generates (*shadow drafts*). With a temperature above 0 a draft token equals the sampled one exactly
+as often as rejection sampling would accept it, for a drafter that does not sample itself, so
+nothing is lost by looking only. No verification is ever needed to learn.
+
+The chance that token i of a draft is accepted, given that those before it were, is a logistic
+function of a few categories of its context, its place in the draft, and how the request's last
+drafts fared. Weights are shared by all requests and follow the outcomes by gradient steps that get
+smaller with each category's evidence (AdaGrad).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from math import exp, sqrt
+
+from moecascade.context import Context, Text
+
+RATE = 0.3  # size of a first step; replay is flat between 0.2 and 0.6
+FADE = 0.8  # memory of a request's hits, a draft
+START = -0.6  # log-odds before anything is known: rather too low, for a first draft is a risk
+HITS = 0.3  # share of hits of a request that has had no draft yet
+
+PAIRS = 1 << 16  # pairs of tokens that are told apart, so that memory is bounded
+
+Features = tuple[Hashable, ...]
+
+
+@dataclass(slots=True)
+class _Shadow:
+    """A draft that waits for the tokens it will be compared with."""
+
+    tokens: Sequence[int]
+    before: int  # the token that the draft follows
+    features: Features
+    scored: int = 0
+
+
+@dataclass(slots=True)
+class Record:
+    """One request's text and how its drafts fared.
+
+    Attributes:
+        text: Prompt and output so far.
+        hits: Recent share of drafts whose first token was right.
+        last: Outcomes of the last three drafts: none, 1 or 2, 3 or more tokens right.
+        shadows: Drafts not scored to their end yet.
+    """
+
+    text: Text
+    hits: float = HITS
+    last: tuple[int, ...] = (0, 0, 0)
+    shadows: deque[_Shadow] = field(default_factory=deque)
+
+
+class Acceptance:
+    """The predictor, shared by all requests of a policy."""
+
+    def __init__(self) -> None:
+        """Begin with no evidence."""
+        self._weights: dict[Hashable, float] = {}
+        self._evidence: dict[Hashable, float] = {}
+
+    def predict(self, record: Record, draft: Sequence[int]) -> list[float]:
+        """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
+
+        The draft is remembered, and scored when the tokens come: see `learn`.
+        """
+        context = record.text.context(draft[0])
+        features = _features(record, context)
+        record.shadows.append(_Shadow(draft, context.before, features))
+        weights = self._weights
+        common = START + sum(weights.get(key, 0.0) for key in features)
+        survival, chance, before = [], 1.0, context.before
+        for i, token in enumerate(draft):
+            keys = _place(i, before, token, features)
+            chance *= _logistic(common + sum(weights.get(key, 0.0) for key in keys))
+            survival.append(chance)
+            before = token
+        return survival
+
+    def learn(self, record: Record, tokens: Sequence[int]) -> None:
+        """Take the tokens that were generated: score the shadows, learn, extend the text."""
+        waiting = deque(s for s in record.shadows if self._score(record, s, tokens))
+        record.shadows = waiting
+        record.text.extend(tokens)
+
+    def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:
+        """Compare a draft with new tokens; return whether it has tokens left to compare."""
+        for token in tokens:
+            i, drafted = shadow.scored, shadow.tokens[shadow.scored]
+            hit = drafted == token
+            place = _place(i, shadow.before, drafted, shadow.features)
+            self._step((*shadow.features, *place), hit)
+            shadow.scored, shadow.before = i + 1, drafted
+            if not hit or shadow.scored == len(shadow.tokens):
+                _remember(record, i + hit)
+                return False
+        return True
+
+    def _step(self, keys: Features, hit: bool) -> None:
+        """Move the weights towards an outcome."""
+        weights, evidence = self._weights, self._evidence
+        error = _logistic(START + sum(weights.get(key, 0.0) for key in keys)) - hit
+        square = error * error
+        for key in keys:
+            seen = evidence[key] = evidence.get(key, 0.0) + square
+            weights[key] = weights.get(key, 0.0) - RATE * error / sqrt(1.0 + seen)
+
+
+def _logistic(z: float) -> float:
+    return 1.0 / (1.0 + exp(-z))
+
+
+def _remember(record: Record, right: int) -> None:
+    record.hits = FADE * record.hits + (1.0 - FADE) * (right > 0)
+    record.last = (*record.last[1:], 0 if right == 0 else 1 if right < 3 else 2)
+
+
+def _features(record: Record, context: Context) -> Features:
+    """Return the categories that hold for every token of a draft."""
+    share = 0 if not context.agreed else 1 + 3 * context.agreed // context.places
+    return (
+        ("match", _step_of(context.agreeing)),
+        ("agreed", share, min(context.places, 4)),
+        ("against", context.opposing >= context.agreeing, _step_of(context.opposing)),
+        ("where", context.from_prompt, min(_step_of(context.agreeing), 6)),
+        ("hits", int(record.hits * 8)),
+        ("last", record.last),
+    )
+
+
+def _place(i: int, before: int, token: int, features: Features) -> Features:
+    """Return the categories of one token of a draft: its place, itself, and what it follows."""
+    pair = (before * 1_000_003 + token) % PAIRS
+    return i, (i, features[0]), ("token", token), ("before", before), ("pair", pair)
+
+
+_STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)
+
+
+def _step_of(length: int) -> int:
+    """Return the class of a match's length: 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32."""
+    return _STEPS[length]

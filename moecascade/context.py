@@ -1,0 +1,85 @@
+"""What a request's own text says about a draft: the context that predicts acceptance.
+
+A draft is believable where the text has been here before: where a long stretch that ends the text
+has occurred earlier, and was followed by what is drafted now; all the more where it occurred often
+and was always followed by that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PLACES = 16  # latest earlier places that are looked at
+REACH = 32  # longest match that is told apart
+NEWEST = 16_384  # tokens of a prompt that are indexed: the latest ones
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A draft in its text.
+
+    Attributes:
+        agreeing: Longest match that was followed by the draft's first token (0 to `REACH`).
+        opposing: Longest match that was followed by another token.
+        places: Earlier places of the last two tokens, at most `PLACES`.
+        agreed: How many of them were followed by the draft's first token.
+        from_prompt: Whether the longest agreeing match lies in the prompt.
+        before: The last token of the text, which the draft follows; -1 for an empty text.
+    """
+
+    agreeing: int
+    opposing: int
+    places: int
+    agreed: int
+    from_prompt: bool
+    before: int
+
+
+class Text:
+    """The tokens of one request, indexed by their pairs.
+
+    Args:
+        prompt: Token ids of the prompt.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        """Index the prompt."""
+        self._tokens: list[int] = []
+        self._ends: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        self.extend(prompt[-NEWEST:])
+        self._prompt_end = len(self._tokens)
+
+    def __len__(self) -> int:
+        """Return how many tokens are known."""
+        return len(self._tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append what was generated."""
+        text, ends = self._tokens, self._ends
+        for token in tokens:
+            if len(text) > 1:  # the pair that ended the text is now followed by something
+                ends[text[-2], text[-1]].append(len(text))
+            text.append(token)
+
+    def context(self, token: int) -> Context:
+        """Return the context of a draft whose first token is `token`."""
+        text = self._tokens
+        here = len(text)
+        places = self._ends.get((text[-2], text[-1]), [])[-PLACES:] if here > 1 else []
+        longest = {True: 0, False: 0}
+        agreed, from_prompt = 0, False
+        for place in places:
+            agrees = text[place] == token
+            agreed += agrees
+            length = 2
+            furthest = min(REACH, place)
+            while length < furthest and text[place - 1 - length] == text[here - 1 - length]:
+                length += 1
+            if length >= longest[agrees]:
+                longest[agrees] = length
+                if agrees:
+                    from_prompt = place < self._prompt_end
+        before = text[-1] if text else -1
+        return Context(longest[True], longest[False], len(places), agreed, from_prompt, before)

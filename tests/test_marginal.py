@@ -1,0 +1,177 @@
+"""The pieces of `marginal`, each alone, and the rule against a slow, plain version of it."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecascade.acceptance import Acceptance, Record
+from moecascade.context import PLACES, REACH, Text
+from moecascade.costmodel import CostModel, expert_union
+from moecascade.policies import create
+from moecascade.policies.marginal import Marginal
+from moecascade.steps import Proposal, RequestStep, Step
+
+texts = st.lists(st.integers(0, 3), min_size=2, max_size=80)
+
+
+@given(texts, st.integers(0, 80), st.integers(0, 3))
+def test_context_follows_its_definition(text: list[int], cut: int, token: int) -> None:
+    known = Text(text[:cut])
+    known.extend(text[cut:])
+    found = known.context(token)
+    here = len(text)
+    places = [p for p in range(2, here) if text[p - 2 : p] == text[-2:]][-PLACES:]
+
+    def match(place: int) -> int:
+        n = 2
+        while n < min(REACH, place) and text[place - 1 - n] == text[here - 1 - n]:
+            n += 1
+        return n
+
+    agreeing = [match(p) for p in places if text[p] == token]
+    opposing = [match(p) for p in places if text[p] != token]
+    assert found.places == len(places)
+    assert found.agreed == len(agreeing)
+    assert found.agreeing == max(agreeing, default=0)
+    assert found.opposing == max(opposing, default=0)
+    assert found.before == text[-1]
+
+
+def test_acceptance_is_learnt_from_drafts_that_nobody_verified() -> None:
+    """Copies go on, inventions do not; the predictor tells them apart by their context."""
+    rng = random.Random(0)
+    model = Acceptance()
+    first: dict[str, float] = {}
+    for round_ in range(30):
+        prompt = rng.sample(range(1000), 200)
+        record = Record(Text(prompt[:120] + prompt[:10]))
+        copy = model.predict(record, prompt[10:18])
+        model.learn(record, prompt[10:18])
+        record = Record(Text([*prompt, 5000, 5001, *prompt[:1], 5000, 5001]))
+        invention = model.predict(record, prompt[:8])
+        model.learn(record, [6000 + round_])
+        first.setdefault("copy", copy[0])
+        first.setdefault("invention", invention[0])
+    assert copy[0] > 0.9 > 0.5 > first["copy"]
+    assert copy[7] > 0.6
+    assert invention[0] < 0.1 < first["invention"]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(1, 8))
+def test_a_draft_is_scored_alike_however_its_tokens_come(sizes: list[int], length: int) -> None:
+    """Shadows are exact: one token a step or many, the same outcomes are learnt."""
+    truth = [7, 8, 9, 7, 8, 4, 4, 4, 7, 8, 9, 1, 2, 3, 7, 8] * 3
+    draft = [7, 8, 9, 7, 8, 9, 9, 9][:length]
+    whole, pieces = Acceptance(), Acceptance()
+    record = Record(Text([1, 2]))
+    whole.predict(record, draft)
+    whole.learn(record, truth[:8])
+    record = Record(Text([1, 2]))
+    pieces.predict(record, draft)
+    at = 0
+    for size in [*sizes, *[1] * 8]:
+        pieces.learn(record, truth[at : at + size])
+        at += size
+    assert pieces._weights == whole._weights
+    assert not record.shadows
+
+
+def test_survival_never_rises_along_a_draft() -> None:
+    model, record = Acceptance(), Record(Text([1, 2, 3, 1, 2]))
+    for _ in range(20):
+        survival = model.predict(record, [3, 1, 2, 3])
+        assert all(0 < b <= a < 1 for a, b in pairwise(survival))
+        model.learn(record, [3, 1, 2, 3])
+
+
+def test_the_expert_union() -> None:
+    assert expert_union(1, 8, 2) == pytest.approx(2)
+    assert expert_union(2, 8, 2) == pytest.approx(8 * (1 - 0.75**2))
+    assert expert_union(1000, 8, 2) == pytest.approx(8)
+
+
+def test_the_cost_model_learns_a_curve_through_noise_and_pauses() -> None:
+    rng = random.Random(0)
+    curve = [1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8]
+    model = CostModel()
+    for i in range(600):
+        k = rng.randrange(9)
+        seconds = 0.02 * curve[k] * rng.lognormvariate(0, 0.05)
+        model.observe(1 + k, seconds * (50 if i % 50 == 7 else 1))
+    for k, cost in enumerate(curve):
+        assert model.cost(1, k) == pytest.approx(cost, rel=0.06)
+
+
+def test_the_cost_model_follows_a_change_and_a_slower_machine() -> None:
+    rng = random.Random(1)
+    model = CostModel()
+    for factor, slower in ((0.2, 1.0), (0.4, 1.0), (0.4, 5.0)):
+        for _ in range(300):
+            k = rng.randrange(5)
+            model.observe(1 + k, 0.02 * slower * (1 + factor * k) * rng.lognormvariate(0, 0.05))
+        for k in range(5):
+            assert model.cost(1, k) == pytest.approx(1 + factor * k, rel=0.1)
+
+
+def drafts(policy: Marginal, chances: dict[str, list[float]]) -> dict[str, int]:
+    """Return the K of each request where acceptance is predicted as given."""
+    policy._acceptance.predict = lambda record, draft: by_record[id(record)]  # type: ignore[method-assign]
+    for request_id in chances:
+        policy.add(request_id, 8)
+    by_record = {id(policy._requests[r].record): chances[r] for r in chances}
+    decisions = policy.decide([Proposal(r, [0] * len(chances[r])) for r in chances])
+    return {d.request_id: d.k for d in decisions}
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(0.0, 1.0), max_size=3).map(lambda s: sorted(s, reverse=True)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_slots_are_admitted_as_by_trying_every_allocation(chances: list[list[float]]) -> None:
+    policy = create("marginal", 8)
+    assert isinstance(policy, Marginal)
+    named = {f"r{i}": row for i, row in enumerate(chances)}
+    found = drafts(policy, named)
+    n, price = len(named), policy._rate.value
+
+    def surplus(ks: tuple[int, ...]) -> float:
+        worth = sum(sum(row[:k]) for row, k in zip(chances, ks, strict=True)) / price
+        return worth - n * (policy._costs.cost(n, sum(ks)) - 1.0)
+
+    best = max(surplus(ks) for ks in product(*(range(len(row) + 1) for row in chances)))
+    assert surplus(tuple(found.values())) == pytest.approx(best)
+
+
+def test_a_request_that_has_lost_has_to_be_surer() -> None:
+    policy = create("marginal", 8)
+    assert isinstance(policy, Marginal)
+    chances = {"r": [0.75, 0.7, 0.6]}
+    assert drafts(policy, chances)["r"] > 0
+    policy._requests["r"].lost = 20.0
+    assert policy.decide([Proposal("r", [0, 0, 0])])[0].k == 0
+
+
+def test_caps_hold_and_nothing_is_left_of_dropped_requests() -> None:
+    policy = create("marginal", 8)
+    assert isinstance(policy, Marginal)
+    text = list(range(20)) * 10
+    policy.add("r", 2, text)
+    policy.add("none", 0, text)
+    for i in range(40):
+        tokens = text[i % 20 : i % 20 + 8]
+        decisions = policy.decide([Proposal("r", tokens), Proposal("none", tokens)])
+        assert decisions[0].k <= 2
+        assert decisions[1].k == 0
+        parts = tuple(RequestStep(d.request_id, d.k, 1, tokens[:1]) for d in decisions)
+        policy.observe(Step(0.02, True, parts))
+    policy.drop("r")
+    policy.drop("none")
+    assert policy._requests == {}

@@ -1,0 +1,186 @@
+"""Replay: the same policies, on recorded text, with the arithmetic of speculation."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from moecascade import replay, traces
+from moecascade.errors import ConfigError
+from moecascade.replay import Conditions, play, summarise
+from moecascade.traces import Trace
+
+MIXTRAL_LIKE = [1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8]
+FREE = [1.0] * 9
+
+
+def copies(seed: int = 0, length: int = 200) -> Trace:
+    """A request that repeats its prompt: every draft is right."""
+    rng = random.Random(seed)
+    prompt = tuple(rng.sample(range(1000), 300))
+    return Trace(f"copy-{seed}", "copy", prompt, prompt[:length])
+
+
+def invents(seed: int = 0, length: int = 200) -> Trace:
+    """A request whose pairs have occurred, but never go on as before: every draft is wrong."""
+    rng = random.Random(seed)
+    prompt, output = [], []
+    for i in range(length):
+        a, b = 10_000 + 2 * i, 10_001 + 2 * i
+        prompt += [a, b, rng.randrange(1000)]
+        output += [a, b, 2000 + i]
+    return Trace(f"invent-{seed}", "invent", tuple(prompt), tuple(output[:length]))
+
+
+def speedup(spec: str, trace: list[Trace], costs: list[float], **more: float) -> float:
+    found = summarise(play(trace, spec, Conditions(costs, **more)))["speedup"]  # type: ignore[arg-type]
+    assert isinstance(found, float)
+    return found
+
+
+def test_without_drafts_a_token_takes_a_step() -> None:
+    (outcome,) = play([copies()], "off", Conditions(MIXTRAL_LIKE))
+    assert (outcome.tokens, outcome.steps, outcome.time) == (199, 199, 199.0)
+    assert outcome.speedup == 1.0
+
+
+def test_right_drafts_emit_k_plus_1_tokens_at_their_cost() -> None:
+    assert speedup("static:8", [copies()], MIXTRAL_LIKE) == pytest.approx(9 / 2.8, rel=0.06)
+    assert speedup("static:3", [copies()], MIXTRAL_LIKE) == pytest.approx(4 / 1.95, rel=0.06)
+
+
+def test_wrong_drafts_cost_what_they_cost() -> None:
+    (outcome,) = play([invents()], "static:3", Conditions(MIXTRAL_LIKE))
+    drafting = outcome.steps - outcome.off
+    assert drafting > 50
+    assert outcome.time == pytest.approx(outcome.off + 1.95 * drafting)
+    assert outcome.tokens == 199
+
+
+@pytest.mark.parametrize("spec", ["off", "static:4", "cascade", "marginal", "oracle"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_policy_emits_every_token(spec: str, batch: int) -> None:
+    trace = [copies(1), invents(2), copies(3, 37), invents(4, 51)]
+    outcomes = play(trace, spec, Conditions(MIXTRAL_LIKE, noise=0.05, batch=batch))
+    assert {o.trace.id: o.tokens for o in outcomes} == {t.id: len(t.output) - 1 for t in trace}
+
+
+def test_the_oracle_is_never_beaten_without_noise() -> None:
+    trace = [copies(1), invents(2), copies(3, 50)]
+    best = speedup("oracle", trace, MIXTRAL_LIKE)
+    for spec in ("off", "static:1", "static:3", "static:8", "cascade", "marginal"):
+        assert speedup(spec, trace, MIXTRAL_LIKE) <= best + 1e-9
+
+
+def test_the_same_seed_gives_the_same_result_and_another_gives_another() -> None:
+    trace = [copies(i, 60) for i in range(4)] + [invents(i, 60) for i in range(4)]
+    first = speedup("cascade", trace, MIXTRAL_LIKE, noise=0.05, seed=1)
+    assert first == speedup("cascade", trace, MIXTRAL_LIKE, noise=0.05, seed=1)
+    assert first != speedup("cascade", trace, MIXTRAL_LIKE, noise=0.05, seed=2)
+
+
+def test_costs_beyond_the_curve_follow_the_expert_union() -> None:
+    conditions = Conditions(MIXTRAL_LIKE)
+    costs = [conditions.cost(p) for p in range(1, 60)]
+    assert costs[:9] == MIXTRAL_LIKE
+    assert all(a <= b for a, b in pairwise(costs))
+    rises = [b - a for a, b in pairwise(costs[9:])]
+    assert all(a >= b for a, b in pairwise(rises))  # experts run out
+
+
+def test_marginal_uses_what_is_copied_and_leaves_what_is_not() -> None:
+    trace = [t for i in range(6) for t in (copies(i), invents(i))]
+    outcomes = play(trace, "marginal", Conditions(MIXTRAL_LIKE, noise=0.05))
+    assert replay._aggregate([o for o in outcomes if o.trace.task == "copy"]) > 2.5
+    assert replay._aggregate([o for o in outcomes if o.trace.task == "invent"]) > 0.96
+
+
+def test_marginal_with_free_drafts_is_as_good_as_the_longest_draft() -> None:
+    trace = [t for i in range(4) for t in (copies(i), invents(i))]
+    dense = [1 + 0.005 * k for k in range(9)]
+    best = speedup("static:8", trace, dense)
+    assert speedup("marginal", trace, dense) > 0.99 * best
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"costs": [1, 2]}, ["2 costs", "9 in all"]),
+        ({"costs": [0.0] * 9}, ["cost 0"]),
+        ({"noise": -1.0}, ["noise -1.0"]),
+        ({"batch": 0}, ["batch 0"]),
+        ({"ngram_min": 5}, ["5 to 4"]),
+    ],
+)
+def test_bad_conditions_are_refused(change: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        Conditions(**{"costs": FREE, **change})  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(error.value)
+
+
+def write(path: Path, trace: list[Trace]) -> Path:
+    rows = [
+        {"id": t.id, "task": t.task, "prompt_token_ids": t.prompt, "output_token_ids": t.output}
+        for t in trace
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "moecascade", "replay", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_json_of_the_documented_form(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [copies(1), invents(2)])
+    done = command(path, "--policies", "off,static:8,oracle", "--noise", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["requests"], found["tokens"]) == (2, 400)
+    assert list(found["policies"]) == ["off", "static:8", "oracle"]
+    off = found["policies"]["off"]
+    assert off["by_task"] == {"copy": 1.0, "invent": 1.0}
+    assert (off["speedup"], off["etr"], off["mean_k"], off["off_share"]) == (1.0, 1.0, 0.0, 1.0)
+    assert found["policies"]["static:8"]["worst_request"] < 1
+    table = command(path, "--policies", "static:8")
+    assert "static:8" in table.stdout
+    assert "speed-up" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such.jsonl"], ["no-such.jsonl", "cannot read"]),
+        (["{path}", "--policies", "cascad"], ["'cascad'", "did you mean 'cascade'"]),
+        (["{path}", "--cost", "1,x"], ["'1,x'"]),
+        (["{path}", "--max-k", "9"], ["9 costs", "10 in all"]),
+        (["{path}", "--drafter", "eagle"], ["'eagle'", "ngram"]),
+        (["{broken}"], ["line 1", "output_token_ids"]),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    path = write(tmp_path / "t.jsonl", [copies(1)])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"id": "x"}\n')
+    done = command(*(a.format(path=path, broken=broken) for a in arguments))
+    assert done.returncode == 2
+    for word in words:
+        assert word in done.stderr
+
+
+def test_traces_are_read_with_blank_lines_and_extra_keys(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    row = {"id": 7, "task": "x", "prompt_token_ids": [1], "output_token_ids": [2, 3], "steps": []}
+    empty = {**row, "output_token_ids": []}
+    path.write_text(f"\n{json.dumps(row)}\n{json.dumps(empty)}\n")
+    assert list(traces.read([path])) == [Trace("7", "x", (1,), (2, 3))]
