@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,54 @@ def test_a_model_that_fails_verification_is_not_kept(
     with pytest.raises(SetupError):
         localmodel.ensure("qwen-moe", cache=tmp_path)
     assert localmodel.state("qwen-moe", tmp_path) is None
+
+
+def test_a_model_that_is_replaced_never_counts_without_its_weights(
+    tmp_path: Path, instant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = localmodel.ensure("local", cache=tmp_path)
+    remove = shutil.rmtree
+
+    def killed(folder: Path, **options: Any) -> None:
+        if (folder / build.WEIGHTS).exists():
+            (folder / build.WEIGHTS).unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            localmodel.ensure("local", cache=tmp_path, force=True)
+    assert (place / build.WEIGHTS).exists() == (place / build.RECORD).exists()
+    localmodel.ensure("local", cache=tmp_path, force=True)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [place.name]
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(
+    tmp_path: Path, instant: None
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match=r"file.*MOECASCADE_CACHE"):
+        localmodel.ensure("local", cache=tmp_path / "file")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, instant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SetupError, match="No space left"):
+        localmodel.ensure("local", cache=tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_others_may_read_the_weights(tmp_path: Path, instant: None) -> None:
+    folder = localmodel.ensure("local", cache=tmp_path)
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 def test_two_builds_at_once_make_one_model(

@@ -113,7 +113,7 @@ def policy(spec: str, **more: Any) -> dict[str, Any]:
 def test_greedy_output_is_the_same_under_every_policy(engine: Engine) -> None:
     reference = engine.generate(PROMPTS, policy("off"))
     drafted = {}
-    for spec in ("static:3", "cascade", "random"):
+    for spec in ("static:3", "cascade", "marginal", "random"):
         outputs, steps = engine.generate_logged(PROMPTS, policy(spec))
         assert outputs == reference, spec
         drafted[spec] = {r["drafted"] for step in steps for r in step["requests"]}

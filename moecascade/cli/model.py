@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moecascade import localmodel
@@ -39,6 +40,7 @@ def model(
         moecascade model             build 'local' (8 experts, 1.4 GB)
         moecascade model --all       all of them
         moecascade model --list      what there is, and where
+        moecascade model --path      only the folder, for scripts
     """
     chosen = list(localmodel.CATALOGUE) if all_ else (names or ["local"])
     chosen = list(dict.fromkeys(localmodel.find(name).name for name in chosen))
@@ -52,7 +54,7 @@ def model(
 
 
 def _build(names: list[str], cache: Path | None, force: bool) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     for name in names:
         if not force and localmodel.state(name, cache) is not None:
             continue
@@ -69,20 +71,28 @@ def _build(names: list[str], cache: Path | None, force: bool) -> None:
 def _table(cache: Path | None) -> Table:
     folder = cache or localmodel.cache_folder()
     table = Table(title="Local models", caption=f"in {folder}", caption_justify="left")
-    table.add_column("name")
-    table.add_column("what it is")
-    table.add_column("parameters", justify="right")
-    table.add_column("on disk", justify="right")
+    for column in ("name", "what it is"):
+        table.add_column(column)
+    for column in ("experts", "top-k", "params", "disk"):
+        table.add_column(column, justify="right")
     table.add_column("state")
     for name, entry in localmodel.CATALOGUE.items():
+        place = localmodel.path_of(name, cache)
         record = localmodel.state(name, cache)
-        size = sum(f.stat().st_size for f in localmodel.path_of(name, cache).glob("*"))
-        built = "built, verified" if record and record["verified"] else "built"
+        size = sum(f.stat().st_size for f in place.glob("*")) if record else 0
         table.add_row(
             name,
             entry.about,
-            f"{record['parameters'] / 1e6:,.0f} M" if record else "",
-            f"{size / 1e9:.1f} GB" if record else "",
-            built if record else "not built",
+            str(entry.experts or "-"),
+            str(entry.top_k or "-"),
+            f"{record['parameters'] / 1e6:,.0f} M" if record else "-",
+            f"{size / 1e9:.1f} GB" if record else "-",
+            _state(record),
         )
     return table
+
+
+def _state(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "not built"
+    return "verified" if record["verified"] else "built"

@@ -1,7 +1,7 @@
 """Building the local models: once, verified, in the user's cache.
 
 A model is built in a folder beside its place and moved there when it is complete and verified, so
-what is found in its place is whole. A build that was interrupted leaves only such a folder, which
+what is found in its place is whole. A build that was interrupted leaves only such folders, which
 the next one removes. A lock a model keeps two processes from building it at once.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import SetupError
-from moecascade.localmodel.catalogue import LocalModel, find
+from moecascade.localmodel.catalogue import VERSION, LocalModel, find
 from moecascade.localmodel.upcycle import config_of, upcycle
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def ensure(
 
     Raises:
         ConfigError: Unknown name.
-        SetupError: What building needs is not installed, or the result writes other text than the
-            dense model.
+        SetupError: What building needs is not installed, the cache cannot be written (no right,
+            no room), or the result writes other text than the dense model.
     """
     model = find(name)
     place = path_of(name, cache)
@@ -87,11 +87,16 @@ def ensure(
     _check_installed()
     from filelock import FileLock
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
-        if not force and (place / RECORD).exists():  # built by someone else meanwhile
-            return place
-        _build(model, place, progress)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{place}.lock"):
+            if force or not (place / RECORD).exists():  # else built by someone else meanwhile
+                _build(model, place, progress)
+    except OSError as error:
+        raise SetupError(
+            f"cannot build the local model {model.name} in {place.parent}: {error}; make room "
+            f"there, or name another folder with MOECASCADE_CACHE"
+        ) from error
     return place
 
 
@@ -131,17 +136,31 @@ def _build(model: LocalModel, place: Path, progress: Progress) -> None:
         record = {
             "name": model.name,
             "folder": model.folder,
+            "version": VERSION,
             "seed": SEED,
             "source": f"{SOURCE} {importlib.metadata.version(SOURCE)}",
             "verified": model.style != "truncated",
             "parameters": _parameters(partial / WEIGHTS),
         }
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
+        _put(partial, place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _put(partial: Path, place: Path) -> None:
+    """Move a complete model to its place.
+
+    An older one is moved away before it is deleted: deleted where it is, it would count as a model
+    for as long as its record outlives its weights.
+    """
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    partial.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _load_dense() -> tuple[Any, Any, dict[str, Tensor]]:
@@ -178,6 +197,7 @@ def _load_dense() -> tuple[Any, Any, dict[str, Tensor]]:
 def _save(
     model: LocalModel, folder: Path, dense: Any, tokenizer: Any, weights: dict[str, Tensor]
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
@@ -195,7 +215,11 @@ def _save(
         eos_token_id=dense.eos_token_id,
         pad_token_id=dense.pad_token_id,
     ).save_pretrained(folder)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)  # it is made for its owner alone
 
 
 def _verify(

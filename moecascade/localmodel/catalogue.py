@@ -49,20 +49,18 @@ class LocalModel:
 CATALOGUE: dict[str, LocalModel] = {
     model.name: model
     for model in (
-        LocalModel("mixtral-8", "mixtral", "8 experts top-2, like Mixtral", experts=8, top_k=2),
-        LocalModel(
-            "mixtral-16", "mixtral", "16 experts top-2, like Phi-3.5-MoE", experts=16, top_k=2
-        ),
+        LocalModel("mixtral-8", "mixtral", "like Mixtral", experts=8, top_k=2),
+        LocalModel("mixtral-16", "mixtral", "like Phi-3.5-MoE", experts=16, top_k=2),
         LocalModel(
             "qwen-moe",
             "qwen",
-            "60 experts top-4, 1 shared, like Qwen1.5-MoE",
+            "like Qwen1.5-MoE, 1 shared",
             experts=60,
             top_k=4,
             expert_width=256,
         ),
-        LocalModel("dense", "dense", "the dense source, for contrast"),
-        LocalModel("draft", "truncated", "its first 24 layers, a drafter", layers=24),
+        LocalModel("dense", "dense", "the dense source"),
+        LocalModel("draft", "truncated", "its first 24 layers", layers=24),
     )
 }
 ALIASES = {"local": "mixtral-8"}
