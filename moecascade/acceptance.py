@@ -13,9 +13,8 @@ smaller with each category's evidence (AdaGrad).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import exp, sqrt
 
 from moecascade.context import Context, Text
@@ -48,13 +47,14 @@ class Record:
         text: Prompt and output so far.
         hits: Recent share of drafts whose first token was right.
         last: Outcomes of the last three drafts: none, 1 or 2, 3 or more tokens right.
-        shadows: Drafts not scored to their end yet.
+        shadow: The latest draft, until it is scored to its end. Older ones are not followed: they
+            overlap it, and replay is no better with them.
     """
 
     text: Text
     hits: float = HITS
     last: tuple[int, ...] = (0, 0, 0)
-    shadows: deque[_Shadow] = field(default_factory=deque)
+    shadow: _Shadow | None = None
 
 
 class Acceptance:
@@ -72,7 +72,7 @@ class Acceptance:
         """
         context = record.text.context(draft[0])
         features = _features(record, context)
-        record.shadows.append(_Shadow(draft, context.before, features))
+        record.shadow = _Shadow(draft, context.before, features)
         weights = self._weights
         common = START + sum(weights.get(key, 0.0) for key in features)
         survival, chance, before = [], 1.0, context.before
@@ -84,9 +84,9 @@ class Acceptance:
         return survival
 
     def learn(self, record: Record, tokens: Sequence[int]) -> None:
-        """Take the tokens that were generated: score the shadows, learn, extend the text."""
-        waiting = deque(s for s in record.shadows if self._score(record, s, tokens))
-        record.shadows = waiting
+        """Take the tokens that were generated: score the draft, learn, extend the text."""
+        if record.shadow is not None and not self._score(record, record.shadow, tokens):
+            record.shadow = None
         record.text.extend(tokens)
 
     def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:

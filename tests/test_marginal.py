@@ -78,7 +78,7 @@ def test_a_draft_is_scored_alike_however_its_tokens_come(sizes: list[int], lengt
         pieces.learn(record, truth[at : at + size])
         at += size
     assert pieces._weights == whole._weights
-    assert not record.shadows
+    assert record.shadow is None
 
 
 def test_survival_never_rises_along_a_draft() -> None:

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +235,8 @@ def _verify(
         reference.tie_weights()
         expected = _greedy(reference, tokenizer)
         del reference
-        built = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with _one_tensor_at_a_time():
+            built = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         found = _greedy(built, tokenizer)
     if found != expected:
         raise SetupError(
@@ -243,6 +244,21 @@ def _verify(
             f"{tokenizer.decode(found[0])!r} instead of {tokenizer.decode(expected[0])!r}; "
             f"please report this with the output of 'moecascade doctor'"
         )
+
+
+@contextlib.contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """Keep transformers from loading with threads, which hold nearly twice the model in memory."""
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _greedy(loaded: Any, tokenizer: Any) -> list[list[int]]:

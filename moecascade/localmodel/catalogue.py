@@ -26,9 +26,10 @@ class LocalModel:
         experts: Routed experts a layer, 0 for none.
         top_k: Experts that a token is routed to.
         expert_width: Width of a routed expert's hidden layer; 0 where it is the dense one's.
-        layers: Layers kept of the source; 0 for all. With 24 of 30 the next token is the dense
-            model's in 40% of the places (28: 60%; measured on greedy outputs): a drafter that is
-            right often, and wrong often.
+        layers: Layers kept of the source, from the first; 0 for all. The next token is then the
+            dense model's in 16% of the places for 20 of 30 layers, 29% for 22, 46% for 24, 53% for
+            26, 64% for 28 (1,277 greedy tokens, 15 of the package's prompts). 24 make a drafter
+            that is right often, and wrong often. Leaving out middle layers instead is no better.
         about: One line for people.
     """
 
