@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PLACES = 16  # latest earlier places that are looked at
+PLACES = 8  # latest earlier places that are looked at
 REACH = 32  # longest match that is told apart
 NEWEST = 16_384  # tokens of a prompt that are indexed: the latest ones
 
@@ -73,13 +73,26 @@ class Text:
         for place in places:
             agrees = text[place] == token
             agreed += agrees
-            length = 2
-            furthest = min(REACH, place)
-            while length < furthest and text[place - 1 - length] == text[here - 1 - length]:
-                length += 1
+            length = _match(text, place, here)
             if length >= longest[agrees]:
                 longest[agrees] = length
                 if agrees:
                     from_prompt = place < self._prompt_end
         before = text[-1] if text else -1
         return Context(longest[True], longest[False], len(places), agreed, from_prompt, before)
+
+
+def _match(text: Sequence[int], place: int, here: int) -> int:
+    """Return how many tokens before `place` equal those before `here`, two at least being known."""
+    furthest = min(REACH, place)
+    length = 2
+    if length == furthest or text[place - 3] != text[here - 3]:
+        return length
+    step = 16  # most matches end at once; the others are found by halving, with whole slices
+    while step:
+        longer = length + step
+        if longer <= furthest and text[place - longer : place] == text[here - longer : here]:
+            length = longer
+        else:
+            step //= 2
+    return length

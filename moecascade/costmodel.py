@@ -36,6 +36,8 @@ class CostModel:
     memory = 20.0  # steps at one number of positions after which a measurement has faded
     belief = 1.0  # weight of the prior, in measurements
     outlier = 3.0  # a step this many times longer than expected is a pause, not a cost
+    settled = 50  # steps after which the curve is not made anew at once, but
+    every = 8  # after this many steps
     pauses = 3  # in a row; after them the machine has become slower
 
     def __init__(self, experts: int = 8, top_k: int = 2, share: float = 0.45) -> None:
@@ -45,6 +47,7 @@ class CostModel:
         self._weight: dict[int, float] = {}
         self._ratio: dict[int, float] = {}
         self._doubted = 0
+        self._seen = 0
         self._curve: dict[int, float] = {}
 
     def observe(self, positions: int, seconds: float) -> None:
@@ -64,7 +67,9 @@ class CostModel:
         self._weight[positions] = weight = min(weight + 1.0, self.memory)
         before = self._ratio.get(positions, ratio)
         self._ratio[positions] = before + (ratio - before) / weight
-        self._curve.clear()
+        self._seen += 1
+        if self._seen < self.settled or self._seen % self.every == 0:
+            self._curve.clear()
 
     def relative(self, positions: int) -> float:
         """Return T(p) in units that are the same for all p."""
