@@ -159,6 +159,21 @@ def test_a_request_that_has_lost_has_to_be_surer() -> None:
     assert policy.decide([Proposal("r", [0, 0, 0])])[0].k == 0
 
 
+def test_a_model_drafter_is_asked_seldom_while_off_and_for_more_than_was_used() -> None:
+    policy = create("marginal", 8)
+    assert isinstance(policy, Marginal)
+    policy.add("r", 8, [1, 2, 3])
+    asked = []
+    for i in range(33):
+        asked.append(policy.lookahead("r"))
+        policy.observe(Step(0.02, True, (RequestStep("r", 0, 1, [1000 + i]),)))
+    assert 3 <= sum(k > 0 for k in asked) <= 5
+    policy._requests["r"].k = 5
+    assert policy.lookahead("r") == 7
+    policy._requests["r"].k = 8
+    assert policy.lookahead("r") == 8
+
+
 def test_caps_hold_and_nothing_is_left_of_dropped_requests() -> None:
     policy = create("marginal", 8)
     assert isinstance(policy, Marginal)

@@ -28,6 +28,9 @@ from moecascade.costmodel import CostModel
 from moecascade.errors import ConfigError
 from moecascade.steps import Decision, Proposal, Step
 
+AHEAD = 2  # tokens that a model drafter drafts beyond the last K
+LOOK_EVERY = 8  # steps at K = 0 from one of its drafts to the next
+
 
 @dataclass(frozen=True, slots=True)
 class MarginalSettings:
@@ -90,6 +93,7 @@ class _Request:
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
     survival: Sequence[float] = ()
     k: int = 0
+    idle: int = 0  # steps since the last with drafts
 
 
 class Marginal:
@@ -159,6 +163,7 @@ class Marginal:
         for part in mine:
             r = self._requests[part.request_id]
             self._acceptance.learn(r.record, part.tokens)
+            r.idle = 0 if part.drafted else r.idle + 1
             if cost is not None:
                 r.rate.add(part.emitted, cost, self._keep)
                 if part.drafted:
@@ -171,8 +176,15 @@ class Marginal:
         return r.rate.value * (1.0 + max(0.0, r.lost) / self._settings.patience)
 
     def lookahead(self, request_id: str) -> int:
-        """Return all that the request may use: drafts not verified teach as well."""
-        return self._requests[request_id].max_k
+        """Return a little more than was used; while off, a short draft now and then.
+
+        Where drafts cost nothing they come at full length whatever this says, and all of them
+        teach. A model's drafts cost time even if nobody verifies them.
+        """
+        r = self._requests[request_id]
+        if r.k:
+            return min(r.k + AHEAD, r.max_k)
+        return 0 if r.idle % LOOK_EVERY else min(AHEAD, r.max_k)
 
     def explain(self, request_id: str) -> Mapping[str, Any]:
         """Return K, lambda, the predicted survival and the predicted cost of each K."""
