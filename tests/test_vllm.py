@@ -85,11 +85,10 @@ class Raises(RandomK):
 
 
 @pytest.fixture(autouse=True)
-def test_policies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "_REGISTRY", dict(policies.classes()))
     register(RandomK)
     register(Raises)
-    return iter(())
 
 
 @pytest.fixture(params=["ngram", "draft_model"])

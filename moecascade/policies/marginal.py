@@ -27,6 +27,7 @@ from moecascade.context import Text
 from moecascade.costmodel import CostModel
 from moecascade.errors import ConfigError
 from moecascade.steps import Decision, Proposal, Step
+from moecascade.utility import cost_share
 
 AHEAD = 2  # tokens that a model drafter drafts beyond the last K
 LOOK_EVERY = 8  # steps at K = 0 from one of its drafts to the next
@@ -111,8 +112,8 @@ class Marginal:
         self._requests: dict[str, _Request] = {}
         self._acceptance = Acceptance()
         self._costs = CostModel(settings.experts, settings.top_k)
-        self._rate = _Rate(60.0, 50.0)  # of all requests, over a thousand steps
-        self._others = 0  # positions of requests under other policies in the last step
+        self._rate = _Rate(60.0, 50.0)  # of all requests, over a thousand steps; 1.2 to begin with
+        self._others = 0  # requests under other policies in the last step
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Index the prompt; expect the rate of all requests."""
@@ -167,8 +168,7 @@ class Marginal:
             if cost is not None:
                 r.rate.add(part.emitted, cost, self._keep)
                 if part.drafted:
-                    share = n * (cost - 1.0) * part.drafted / drafted  # as in moecascade.utility
-                    r.lost += 1.0 + share - part.emitted
+                    r.lost += cost_share(cost, 1.0, n, part.drafted, drafted) - part.emitted
                 self._rate.add(part.emitted, cost, 0.999)
 
     def _price(self, r: _Request) -> float:

@@ -121,7 +121,7 @@ def check_supported(config: VllmConfig) -> None:
         if size > 1:
             raise ConfigError(
                 f"{name}={size} is not supported by moecascade yet, because it keeps several "
-                f"batches or schedulers in flight; use 1 (tensor parallelism is fine)"
+                f"batches or schedulers in flight; use 1"
             )
 
 
