@@ -14,7 +14,7 @@ smaller with each category's evidence (AdaGrad).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, sqrt
 
 from moecascade.context import Context, Text
@@ -49,12 +49,19 @@ class Record:
         last: Outcomes of the last three drafts: none, 1 or 2, 3 or more tokens right.
         shadow: The latest draft, until it is scored to its end. Older ones are not followed: they
             overlap it, and replay is no better with them.
+        unread: Tokens that are not in `text` yet: it is indexed once somebody asks.
     """
 
     text: Text
     hits: float = HITS
     last: tuple[int, ...] = (0, 0, 0)
     shadow: _Shadow | None = None
+    unread: list[int] = field(default_factory=list)
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Take tokens of a step whose draft nobody judged."""
+        self.unread.extend(tokens)
+        self.shadow = None
 
 
 class Acceptance:
@@ -70,6 +77,9 @@ class Acceptance:
 
         The draft is remembered, and scored when the tokens come: see `learn`.
         """
+        if record.unread:
+            record.text.extend(record.unread)
+            record.unread.clear()
         context = record.text.context(draft[0])
         features = _features(record, context)
         record.shadow = _Shadow(draft, context.before, features)
@@ -87,7 +97,7 @@ class Acceptance:
         """Take the tokens that were generated: score the draft, learn, extend the text."""
         if record.shadow is not None and not self._score(record, record.shadow, tokens):
             record.shadow = None
-        record.text.extend(tokens)
+        record.unread.extend(tokens)
 
     def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:
         """Compare a draft with new tokens; return whether it has tokens left to compare."""

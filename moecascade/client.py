@@ -30,6 +30,7 @@ class Reply:
         first_seconds: From sending the request to the first message.
         decode_seconds: From the first message to the last one that brought tokens.
         finish_reason: Why it ended ("stop", "length").
+        gaps: Seconds between messages that brought tokens (ITL), one fewer than messages.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Reply:
     first_seconds: float
     decode_seconds: float
     finish_reason: str
+    gaps: tuple[float, ...] = ()
 
     @property
     def decoded(self) -> int:
@@ -54,7 +56,8 @@ async def chat(
     request_id: str,
     max_tokens: int,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
+    ignore_eos: bool = False,
     xargs: Mapping[str, Any] | None = None,
 ) -> Reply:
     """Send one user message and return the streamed answer with its times.
@@ -66,7 +69,8 @@ async def chat(
         request_id: Becomes part of the request's name in the engine, so in the step log.
         max_tokens: The longest answer.
         temperature: 0 for greedy.
-        seed: For sampling.
+        seed: For sampling, None for a random one.
+        ignore_eos: Whether the answer goes on to `max_tokens` where the model would end it.
         xargs: ``vllm_xargs``, such as ``{"cascade_policy": "static:3"}``.
 
     Raises:
@@ -79,14 +83,16 @@ async def chat(
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": max_tokens,
         "temperature": temperature,
-        "seed": seed,
         "stream": True,
         # Usage on each message says how many tokens have come when, exactly.
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **({} if seed is None else {"seed": seed}),
+        **({"ignore_eos": True} if ignore_eos else {}),
         **({"vllm_xargs": dict(xargs)} if xargs else {}),
     }
     headers = {"X-Request-Id": request_id}
     text: list[str] = []
+    gaps: list[float] = []
     seen = prompt_tokens = first_tokens = 0
     first = last = 0.0
     reason = ""
@@ -116,9 +122,11 @@ async def chat(
                 prompt_tokens = usage.get("prompt_tokens", prompt_tokens)
                 tokens = usage.get("completion_tokens", seen)
                 if tokens > seen:
-                    last = now
-                    if not seen:
+                    if seen:
+                        gaps.append(now - last)
+                    else:
                         first, first_tokens = now, tokens
+                    last = now
                     seen = tokens
     except httpx.HTTPError as error:
         raise SetupError(
@@ -137,4 +145,5 @@ async def chat(
         first_seconds=first - sent,
         decode_seconds=last - first,
         finish_reason=reason,
+        gaps=tuple(gaps),
     )

@@ -37,6 +37,8 @@ class Controller:
         options: The server's configuration.
         max_k: The longest draft that the engine can verify.
         on_fault: Told of each fault: the spec of the policy and what it raised.
+        facts: What is known of the model, by the name of the setting in which policies take it
+            (``experts``, ``top_k``). What the user configures comes first.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Controller:
         options: ServerOptions,
         max_k: int,
         on_fault: Callable[[str, Exception], None],
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Make the server's default policy, so that bad configuration shows now."""
         self._options = options
         self._max_k = max_k
         self._on_fault = on_fault
+        self._facts = facts or {}
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group | None] = {}
         self.faults: Counter[str] = Counter()
@@ -128,7 +132,11 @@ class Controller:
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)
         if group is None:
-            settings = self._options.options.get(spec.partition(":")[0])
+            name = policies.parse(spec)[0]
+            settings = {
+                **policies.applicable(name, self._facts),
+                **self._options.options.get(name, {}),
+            }
             group = _Group(spec, policies.create(spec, self._max_k, settings), set())
             self._groups[spec] = group
         return group

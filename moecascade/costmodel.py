@@ -7,15 +7,24 @@ has the shape of the expert union (`expert_union`); measurements bend it where t
 
 from __future__ import annotations
 
-from math import exp, log, log2
+from math import log2
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Number = TypeVar("Number", float, Array)
+
+EXACT = 32  # positions up to which each number of them is kept apart; beyond, a 16th of an octave
 
 
-def expert_union(positions: float, experts: int, top_k: int) -> float:
+def expert_union(positions: Number, experts: int, top_k: int) -> Number:
     """Return the expected number of experts that `positions` tokens read together.
 
     ``E * (1 - (1 - k/E)**n)`` for E experts, k of them for a token, routed independently.
     """
-    missed: float = (1.0 - top_k / experts) ** positions
+    missed = (1.0 - top_k / experts) ** positions
     return experts * (1.0 - missed)
 
 
@@ -27,8 +36,8 @@ class CostModel:
 
     Args:
         experts: Routed experts a layer, and
-        top_k: how many of them a token is routed to: they give the prior its shape. 8 and 2 where
-            nothing is known.
+        top_k: how many of them a token is routed to: they give the prior its shape. 1 and 1 for a
+            dense model; 8 and 2 where nothing is known.
         share: Part of a single token's step that grows with the experts read; the rest is fixed.
     """
 
@@ -44,15 +53,17 @@ class CostModel:
         """Start from the prior alone."""
         self._experts, self._top_k, self._share = experts, top_k, share
         self._scale: float | None = None
-        self._weight: dict[int, float] = {}
+        self._weight: dict[int, float] = {}  # by class of positions, see `_class_of`
         self._ratio: dict[int, float] = {}
         self._doubted = 0
         self._seen = 0
-        self._curve: dict[int, float] = {}
+        self._most = 2 * EXACT  # positions that the curve reaches
+        self._curve: Array | None = None
+        self._costs: dict[int, Array] = {}
 
     def observe(self, positions: int, seconds: float) -> None:
         """Learn from a decode step."""
-        prior = self._prior(positions)
+        prior = float(self._prior(positions))
         if self._scale is None:
             self._scale = seconds / prior
         expected = self._scale * self.relative(positions)
@@ -63,31 +74,72 @@ class CostModel:
             self._scale *= seconds / expected
         self._doubted = 0
         ratio = seconds / (self._scale * prior)
-        weight = self._weight.get(positions, 0.0)
-        self._weight[positions] = weight = min(weight + 1.0, self.memory)
-        before = self._ratio.get(positions, ratio)
-        self._ratio[positions] = before + (ratio - before) / weight
+        near = _class_of(positions)
+        weight = self._weight.get(near, 0.0)
+        self._weight[near] = weight = min(weight + 1.0, self.memory)
+        before = self._ratio.get(near, ratio)
+        self._ratio[near] = before + (ratio - before) / weight
         self._seen += 1
         if self._seen < self.settled or self._seen % self.every == 0:
-            self._curve.clear()
+            self._curve = None
+            self._costs.clear()
 
     def relative(self, positions: int) -> float:
         """Return T(p) in units that are the same for all p."""
-        known = self._curve.get(positions)
-        if known is None:
-            total, weighed = self.belief, self.belief
-            here = log2(positions)
-            for p, ratio in self._ratio.items():
-                weight = self._weight[p] * exp(-abs(log2(p) - here) / self.nearness)
-                total += weight
-                weighed += weight * ratio
-            known = self._curve[positions] = self._prior(positions) * weighed / total
-        return known
+        return float(self._reaching(positions)[positions - 1])
+
+    def seconds(self, positions: int) -> float | None:
+        """Return T(p), None before the first step."""
+        return None if self._scale is None else self._scale * self.relative(positions)
 
     def cost(self, requests: int, drafts: int) -> float:
         """Return T(n + D) / T(n): a step with drafts over one without. Never below 1."""
-        return max(1.0, self.relative(requests + drafts) / self.relative(requests))
+        return float(self.costs(requests, drafts)[drafts])
 
-    def _prior(self, positions: int) -> float:
+    def costs(self, requests: int, most: int) -> Array:
+        """Return `cost` of 0, 1, ..., at least `most` drafts."""
+        known = self._costs.get(requests)
+        if known is None or len(known) <= most:
+            times = self._reaching(requests + most)[requests - 1 :]
+            known = self._costs[requests] = np.maximum(1.0, times / times[0])
+        return known
+
+    def _reaching(self, positions: int) -> Array:
+        """Return the curve, which reaches at least `positions`."""
+        if positions > self._most:
+            self._most = 2 * positions
+            self._curve = None
+        if self._curve is None:
+            self._curve = self._drawn(self._most)
+        return self._curve
+
+    def _drawn(self, most: int) -> Array:
+        """Return T(1), T(2), ..., T(`most`): exact where classes are single, else interpolated."""
+        points = np.array([_middle(c) for c in range(1, _class_of(most) + 2)])
+        here = np.log2(points)
+        known = np.array([_middle(c) for c in self._ratio])
+        weights = np.fromiter(self._weight.values(), float, len(known))
+        ratios = np.fromiter(self._ratio.values(), float, len(known))
+        apart = np.abs(here[:, None] - np.log2(known)[None, :])
+        near = weights * np.exp(-apart / self.nearness)
+        correction = (self.belief + near @ ratios) / (self.belief + near.sum(axis=1))
+        positions = np.arange(1.0, most + 1.0)
+        drawn: Array = np.interp(positions, points, self._prior(points) * correction)
+        return drawn
+
+    def _prior(self, positions: Number) -> Number:
         union = expert_union(positions, self._experts, self._top_k) / self._top_k
-        return 1.0 + self._share * (union - 1.0) + 0.02 * log(positions)
+        prior: Number = 1.0 + self._share * (union - 1.0) + 0.02 * np.log(positions)
+        return prior
+
+
+def _class_of(positions: int) -> int:
+    """Return the class in which a number of positions is kept."""
+    if positions <= EXACT:
+        return positions
+    return EXACT + round(16 * (log2(positions) - log2(EXACT)))
+
+
+def _middle(near: int) -> float:
+    """Return the positions that a class stands for."""
+    return float(near) if near <= EXACT else EXACT * 2.0 ** ((near - EXACT) / 16)

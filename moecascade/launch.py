@@ -158,6 +158,7 @@ def plan(
     policy: str | None = None,
     max_k: int | None = None,
     step_log: Path | None = None,
+    trace_log: Path | None = None,
     local_name: str | None = None,
 ) -> Launch:
     """Return how to serve `model` with the plugin on.
@@ -168,6 +169,7 @@ def plan(
         policy: Spec of the policy for requests that choose none; the plugin's default if None.
         max_k: Longest draft of the default drafter.
         step_log: File for the plugin's step log.
+        trace_log: File for the plugin's traces, with token ids.
         local_name: The name of our local model that lives in the folder `model`, if it is one.
 
     Raises:
@@ -175,7 +177,6 @@ def plan(
     """
     flags = Flags(arguments)
     ours: list[str] = []
-    environment: dict[str, str] = {}
     if "speculative-config" in flags:
         if max_k is not None:
             raise ConfigError(
@@ -184,7 +185,19 @@ def plan(
             )
     else:
         ours += ["--speculative-config", _json(_drafter(max_k))]
-    ours += _plugin(flags, policy, max_k, step_log)
+    ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
+    return _launch(model, flags, [*ours, *arguments], local_name)
+
+
+def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None = None) -> Launch:
+    """Return how to serve `model` without plugin and speculation, otherwise as `plan` would."""
+    return _launch(model, Flags(arguments), arguments, local_name)
+
+
+def _launch(model: str, flags: Flags, arguments: Sequence[str], local_name: str | None) -> Launch:
+    """Add what every server needs here."""
+    ours: list[str] = []
+    environment: dict[str, str] = {}
     if machine.vllm_runs_on_cpu():
         ours += _for_cpu(flags)
         environment |= _cpu_environment(local=local_name is not None)
@@ -231,10 +244,11 @@ def _drafter(max_k: int | None) -> dict[str, Any]:
 
 
 def _plugin(
-    flags: Flags, policy: str | None, max_k: int | None, step_log: Path | None
+    flags: Flags, policy: str | None, max_k: int | None, logs: Mapping[str, Path | None]
 ) -> list[str]:
     """Return the flags that switch the plugin on and configure it; check what was asked of it."""
-    chosen = {"--policy": policy, "--step-log": step_log}
+    named = {f"--{name.replace('_', '-')}": path for name, path in logs.items()}
+    chosen = {"--policy": policy, **named}
     asked = [f"{name} {value}" for name, value in chosen.items() if value is not None]
     if "scheduler-cls" in flags:
         if asked:
@@ -260,11 +274,12 @@ def _plugin(
                     "single quotes and names in double quotes"
                 ) from None
         return switch
-    config = {}
+    config: dict[str, Any] = {}
     if policy is not None:
         config["policy"] = policy
-    if step_log is not None:
-        config["step_log"] = str(step_log.absolute())
+    config |= {name: str(path.absolute()) for name, path in logs.items() if path is not None}
+    if logs.get("trace_log") is not None:
+        config["trace_tokens"] = True
     server_options({CONFIG_KEY: config}, longest)
     return [*switch, "--additional-config", _json({CONFIG_KEY: config})] if config else switch
 

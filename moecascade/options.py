@@ -1,7 +1,8 @@
 """What a server's configuration and a single request may ask for.
 
 Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Request: the entries
-``cascade_policy`` and ``cascade_max_k`` of ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``.
+``cascade_policy``, ``cascade_max_k`` and ``cascade_task`` of ``vllm_xargs`` (HTTP) or
+``SamplingParams.extra_args``.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ class ServerOptions:
         options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
         request_options: Whether requests may choose policy and cap; if not, theirs are ignored.
         step_log: File to write a line a step to (schema `moecascade.steplog`), or "" for none.
+        trace_log: File to write a line a request to (schema `moecascade.traces`), or "" for none.
+        trace_tokens: Whether traces hold token ids. They are what users and model said.
     """
 
     policy: str = "cascade"
     options: Mapping[str, Any] = field(default_factory=dict)
     request_options: bool = True
     step_log: str = ""
+    trace_log: str = ""
+    trace_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,12 @@ class RequestOptions:
     Attributes:
         policy: Spec of its policy, None for the server's.
         max_k: Cap on K, None for the engine's; 0 switches speculation off.
+        task: What kind of request it is, for traces.
     """
 
     policy: str | None = None
     max_k: int | None = None
+    task: str = ""
 
 
 def server_options(additional_config: Any, max_k: int) -> ServerOptions:
@@ -71,7 +78,7 @@ def server_options(additional_config: Any, max_k: int) -> ServerOptions:
         argument = known[name].argument
         filled = {argument: 0, **settings} if argument else settings
         from_mapping(known[name].Settings, filled, f"{where}: options of policy {name!r}")
-    policies.create(chosen.policy, max_k, chosen.options.get(chosen.policy.partition(":")[0]))
+    policies.create(chosen.policy, max_k, chosen.options.get(policies.parse(chosen.policy)[0]))
     return chosen
 
 
@@ -89,7 +96,7 @@ def request_options(extra_args: Mapping[str, Any] | None, max_k: int | None) -> 
     asked = {k: v for k, v in (extra_args or {}).items() if k.startswith(REQUEST_PREFIX)}
     if not asked:
         return RequestOptions()
-    allowed = ("cascade_policy", "cascade_max_k")
+    allowed = ("cascade_policy", "cascade_max_k", "cascade_task")
     for key in asked:
         if key not in allowed:
             raise ConfigError(
@@ -111,4 +118,7 @@ def request_options(extra_args: Mapping[str, Any] | None, max_k: int | None) -> 
             raise ConfigError(
                 f"vllm_xargs: cascade_max_k must be a whole number from 0 to {top}, got {cap!r}"
             )
-    return RequestOptions(policy, cap)
+    task = asked.get("cascade_task", "")
+    if not isinstance(task, str):
+        raise ConfigError(f"vllm_xargs: cascade_task must be a text, got {task!r}")
+    return RequestOptions(policy, cap, task)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecascade.errors import SetupError
-from moecascade.summary import ALL, BASELINE, Cell
+from moecascade.rows import BASELINE
+from moecascade.summary import Cell
+from moecascade.workloads import ALL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,14 +42,17 @@ def speedups(cells: Sequence[Cell], path: Path, title: str, caption: str) -> Non
             "the plot needs matplotlib: 'pip install matplotlib', or do without it by --no-plot"
         ) from None
     shown = [cell for cell in cells if cell.policy != BASELINE and cell.speedup is not None]
-    tasks = list(dict.fromkeys(cell.task for cell in shown))
+    tasks = list(dict.fromkeys(cell.workload for cell in shown))
     policies = list(dict.fromkeys(cell.policy for cell in shown))
     colours = _colours(policies)
     width = 0.8 / max(len(policies), 1)
     figure = Figure(figsize=(max(7.5, 1.2 + 2.0 * len(tasks)), 4.8), layout="constrained")
     axes = figure.subplots()
     for cell in shown:
-        x = tasks.index(cell.task) + (policies.index(cell.policy) - (len(policies) - 1) / 2) * width
+        x = (
+            tasks.index(cell.workload)
+            + (policies.index(cell.policy) - (len(policies) - 1) / 2) * width
+        )
         _bar(axes, cell, x, width, colours[cell.policy])
     axes.axhline(1, color=INK, linewidth=1)
     axes.annotate(

@@ -2,11 +2,12 @@
 
     {"schema": "moecascade.results/1", "kind": "demo", "created": "2026-01-31T12:00:00+00:00",
      "code": {"version": ..., "commit": ..., "modified": ...}, "arguments": {...}, "machine": {...},
-     "versions": {...}, "model": {...}, "server": {"command": [...], "environment": {...}},
+     "versions": {...}, "models": [{...}], "servers": [{"command": [...], "environment": {...}}],
      "rows": [...], "summary": [...]}
 
 ``rows`` are what was measured, one object for each request; ``summary`` is computed from them and
-could be computed again. What a row holds depends on ``kind`` and is written down where it is made.
+could be computed again. What they hold is written down in `moecascade.rows` and
+`moecascade.summary`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class Results:
     """Measurements and all that is needed to judge or repeat them.
 
     Attributes:
-        kind: What measured ("demo").
+        kind: What measured ("demo", "bench").
         created: When, in ISO 8601 with time zone.
         code: Version of moecascade; commit and whether files differ from it, where known.
         arguments: The command's options, defaults included.
         machine: Processor, cores, memory, GPUs.
         versions: Of Python and of the packages that matter.
-        model: What was served: name, sizes.
-        server: The server's command line and the environment variables set for it.
+        models: What was served: name, sizes.
+        servers: Each one's command line and the environment variables set for it.
         rows: The measurements.
         summary: What follows from them.
     """
@@ -51,8 +52,8 @@ class Results:
     arguments: dict[str, Any]
     machine: dict[str, Any]
     versions: dict[str, Any]
-    model: dict[str, Any]
-    server: dict[str, Any]
+    models: list[dict[str, Any]]
+    servers: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     summary: list[dict[str, Any]]
     schema: str = field(default=SCHEMA)
@@ -62,8 +63,8 @@ def collect(
     kind: str,
     *,
     arguments: Mapping[str, Any],
-    model: Mapping[str, Any],
-    server: Mapping[str, Any],
+    models: Sequence[Mapping[str, Any]],
+    servers: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     summary: Sequence[Mapping[str, Any]],
 ) -> Results:
@@ -75,8 +76,8 @@ def collect(
         arguments=dict(arguments),
         machine=machine.describe(),
         versions=dict(machine.versions()),
-        model=dict(model),
-        server=dict(server),
+        models=[dict(model) for model in models],
+        servers=[dict(server) for server in servers],
         rows=[dict(row) for row in rows],
         summary=[dict(row) for row in summary],
     )

@@ -1,10 +1,12 @@
 """The step log: one JSON object a line for each step of an engine that had drafts to decide about.
 
     {"schema": "moecascade.steps/1", "step": 17, "seconds": 0.031, "decode": true, "requests": [
-      {"id": "cmpl-1", "policy": "cascade", "k": 3, "why": "test", "drafted": 3, "emitted": 2}]}
+      {"id": "cmpl-1", "policy": "cascade", "k": 3, "why": "test", "drafted": 3, "emitted": 2,
+       "utility": 1.21}], "controller": 0.00004}
 
 ``k`` is the draft length that was decided, ``drafted`` what the drafter had of it; see
-`moecascade.steps` for the other fields.
+`moecascade.steps` for the other fields. ``controller`` is the time, in seconds, that decision and
+observation took. What a policy expected of the step follows where it says so (`EXPECTED`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from typing import Any, TextIO
 from moecascade.steps import Decision, Step
 
 SCHEMA = "moecascade.steps/1"
+
+EXPECTED = ("utility", "expected_tokens", "expected_seconds")
+"""Entries of a policy's explanation that the log keeps: the utility of the K chosen, the tokens
+that the step is expected to give the request, and the time that it is expected to take."""
 
 
 class StepLog:
@@ -37,9 +43,22 @@ class StepLog:
         self._step = 0
 
     def write(
-        self, step: Step, decisions: Mapping[str, Decision], policy_of: Mapping[str, str]
+        self,
+        step: Step,
+        decisions: Mapping[str, Decision],
+        policy_of: Mapping[str, str],
+        explained: Mapping[str, Mapping[str, Any]],
+        controller: float,
     ) -> None:
-        """Append a step; `decisions` and `policy_of` are those in force during it, by request."""
+        """Append a step.
+
+        Args:
+            step: What it did.
+            decisions: Those in force during it, by request.
+            policy_of: The specs of the policies that made them.
+            explained: What the policies said of them.
+            controller: Seconds that deciding took.
+        """
         rows = []
         for part in step.requests:
             decision = decisions.get(part.request_id)
@@ -51,6 +70,11 @@ class StepLog:
                     "why": decision.why if decision else "",
                     "drafted": part.drafted,
                     "emitted": part.emitted,
+                    **{
+                        key: value
+                        for key in EXPECTED
+                        if (value := explained.get(part.request_id, {}).get(key)) is not None
+                    },
                 }
             )
         line = {
@@ -59,6 +83,7 @@ class StepLog:
             "seconds": step.seconds,
             "decode": step.decode,
             "requests": rows,
+            "controller": controller,
         }
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._step += 1
@@ -72,17 +97,47 @@ class StepLog:
         self._file.close()
 
 
+class Reader:
+    """Reads a log that is still being written.
+
+    Args:
+        path: The file. It need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Begin at the log's beginning."""
+        self._path = Path(path)
+        self._at = 0
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """Yield the steps since the last call; a line that is still being written is left out.
+
+        Raises:
+            ValueError: A whole line is not a step of this schema.
+        """
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._at += len(line)
+                step = json.loads(line)
+                if step.get("schema") != SCHEMA:
+                    raise ValueError(
+                        f"{self._path}: not a step log of schema {SCHEMA!r}: {line[:80]!r}"
+                    )
+                yield step
+
+
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a log; a last line that is still being written is left out.
+    """Yield the steps of a log.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: A whole line is not a step of this schema.
     """
-    with Path(path).open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            step = json.loads(line)
-            if step.get("schema") != SCHEMA:
-                raise ValueError(f"{path}: not a step log of schema {SCHEMA!r}: {line[:80]!r}")
-            yield step
+    if not Path(path).exists():
+        raise FileNotFoundError(path)
+    return Reader(path)()

@@ -1,14 +1,16 @@
-"""From measured requests to the numbers that a table or a plot shows. Pure: no clock, no files.
+"""From measured rows to the numbers that a table or a plot shows. Pure: no clock, no files.
 
-Requests are compared in pairs: the same prompt under a policy and under the baseline, `off`. Their
-answers may differ in length (in bfloat16 a near-tie may fall differently when the batch's shape
-changes), so what is compared is the time for equally many tokens. For prompt i let ``n_i`` be the
-tokens that the baseline decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
+What is compared is a pair: the same prompt under a policy and under a baseline; where several
+requests are in flight, the same block of prompts. Answers may differ in length (in bfloat16 a
+near-tie may fall differently when the batch's shape changes; sampled ones always do), so what
+counts is the time for equally many tokens. For pair i let ``n_i`` be the tokens that the baseline
+decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
 
     speed-up = sum_i(n_i * s_i) / sum_i(n_i * p_i)
 
 is the time that the baseline took, over the time that the policy takes for as many tokens. The
-interval is a percentile bootstrap over prompts; pairs stay together.
+interval is a percentile bootstrap over pairs, which stay together; in a mix, each task's pairs are
+drawn among themselves, as its shares are given.
 """
 
 from __future__ import annotations
@@ -20,88 +22,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecascade.errors import ConfigError
-
-BASELINE = "off"
-ALL = "all"
-"""The name of the mix: the requests of all tasks taken together."""
+from moecascade.rows import BASELINE, PLAIN, Row
+from moecascade.workloads import workloads
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measured request.
-
-    Attributes:
-        request: Its name, as in the step log.
-        prompt: The prompt's name.
-        task: The prompt's task.
-        policy: Spec of the policy that it ran under.
-        place: Which it was among the policies on this prompt, from 0; rotated, so drift cancels.
-        seed: Seed of its sampling.
-        prompt_tokens: Tokens of the prompt.
-        tokens: Tokens generated.
-        decoded: Tokens generated after the first message of the stream.
-        first_seconds: From sending to the first message.
-        decode_seconds: From the first message to the last.
-        finish_reason: Why it ended.
-        steps: Decode steps that it took part in, from the step log.
-        emitted: Tokens that those steps gave it.
-        drafted: Draft tokens that those steps verified.
-        k_total: Sum over those steps of the draft length K that the policy chose.
-        steps_at_0: How many of them the policy ran at K = 0.
-        step_seconds: Their time as the engine measured it; `decode_seconds` is what a user saw.
-        text: What the model wrote.
-    """
-
-    request: str
-    prompt: str
-    task: str
-    policy: str
-    place: int
-    seed: int
-    prompt_tokens: int
-    tokens: int
-    decoded: int
-    first_seconds: float
-    decode_seconds: float
-    finish_reason: str
-    steps: int
-    emitted: int
-    drafted: int
-    k_total: int
-    steps_at_0: int
-    step_seconds: float
-    text: str
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Decode time per token (TPOT), in seconds; needs a second token."""
-        return self.decode_seconds / self.decoded
-
-
-@dataclass(frozen=True, slots=True)
 class Cell:
-    """A policy on a task, in numbers. None where nothing was measured that would tell.
+    """A policy on a workload under one condition. None where nothing was measured that would tell.
 
     Attributes:
-        task: The task, or `ALL`.
+        model: The model.
+        temperature: Of sampling.
+        concurrency: Requests in flight.
+        workload: A task or a mix of tasks.
         policy: The policy.
         requests: Requests behind the numbers.
-        tokens_per_second: Tokens decoded over the time of decoding, for one request at a time.
+        tokens_per_second: Tokens decoded over the time of decoding: of one request at a time, or of
+            all that are in flight.
         speedup: Over the baseline; see the module for its definition.
         low: Lower end of the 95% interval of `speedup`.
         high: Its upper end.
-        worst: The lowest speed-up of a single prompt, a single measurement each.
-        each: The speed-up of every prompt.
+        worst: The lowest speed-up of a single pair, a single measurement each.
+        each: The speed-up of every pair.
         etr: Tokens emitted per decode step.
         mean_k: Mean of the draft length K chosen for a step.
         mean_drafted: Mean of the draft tokens verified in a step; drafters may have fewer than K.
         off_share: Share of steps at K = 0.
+        first_seconds: Median time to the first token (TTFT).
+        gaps: Medians over requests of the median, 95th and 99th percentile of time between messages.
+        controller: Seconds a step that policies took.
     """
 
-    task: str
+    model: str
+    temperature: float
+    concurrency: int
+    workload: str
     policy: str
     requests: int
     tokens_per_second: float | None
@@ -114,87 +72,208 @@ class Cell:
     mean_k: float | None
     mean_drafted: float | None
     off_share: float | None
+    first_seconds: float | None
+    gaps: tuple[float, float, float] | None
+    controller: float | None
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it against the baseline: faster, slower, or "cannot tell"."""
+        if self.low is None or self.high is None:
+            return "cannot tell"
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "cannot tell"
 
 
-def summarise(rows: Sequence[Row], seed: int = 0) -> list[Cell]:
-    """Return a cell for each task and policy, in order of appearance, `ALL` last.
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is paired: a request, or where several are in flight, a block of them."""
+
+    key: tuple[str, ...]
+    task: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A model, a temperature and a concurrency: what policies are compared under."""
+
+    model: str
+    temperature: float
+    concurrency: int
+
+
+def condition_of(row: Row) -> Condition:
+    """Return the condition under which a row was measured."""
+    return Condition(row.model, row.temperature, row.concurrency)
+
+
+def units(rows: Iterable[Row]) -> list[Unit]:
+    """Return the units of one policy's rows under one condition, those without a rate left out."""
+    found: list[Unit] = []
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.concurrency == 1:
+            if row.decoded:
+                found.append(Unit((row.prompt,), row.task, row.decoded, row.decode_seconds))
+        else:
+            blocks.setdefault(row.block, []).append(row)
+    for block in blocks.values():
+        key = tuple(row.prompt for row in block)
+        tokens = sum(row.tokens for row in block)
+        tasks = {row.task for row in block}
+        task = tasks.pop() if len(tasks) == 1 else "mixed"
+        found.append(Unit(key, task, tokens, block[0].block_seconds))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A policy's units beside a baseline's.
+
+    Attributes:
+        before: Seconds of each unit under the baseline, shape (pairs,).
+        after: Seconds under the policy for as many tokens, same shape.
+        tasks: The task of each pair.
+    """
+
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    tasks: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.tasks)
+
+    @property
+    def ratio(self) -> float | None:
+        """The speed-up, None where nothing was paired."""
+        return float(self.before.sum() / self.after.sum()) if len(self) else None
+
+    @property
+    def each(self) -> tuple[float, ...]:
+        """The speed-up of every pair."""
+        return tuple(float(ratio) for ratio in self.before / self.after)
+
+
+def pair(policy: Iterable[Unit], baseline: Iterable[Unit]) -> Pairs:
+    """Return the units that both have, paired."""
+    known = {unit.key: unit for unit in baseline}
+    both = [(unit, known[unit.key]) for unit in policy if unit.key in known]
+    return Pairs(
+        np.array([base.seconds for _, base in both]),
+        np.array([base.tokens * unit.seconds / unit.tokens for unit, base in both]),
+        tuple(unit.task for unit, _ in both),
+    )
+
+
+def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float] | None:
+    """Return the 95% interval of the pairs' ratio; None where a task has fewer than two."""
+    tasks = np.array(pairs.tasks)
+    if not len(pairs) or min(np.unique(tasks, return_counts=True)[1]) < 2:
+        return None
+    random = np.random.default_rng(seed)
+    drawn = []
+    for task in dict.fromkeys(pairs.tasks):
+        here = np.flatnonzero(tasks == task)
+        drawn.append(here[random.integers(0, len(here), size=(RESAMPLES, len(here)))])
+    chosen = np.concatenate(drawn, axis=1)
+    ratios = pairs.before[chosen].sum(axis=1) / pairs.after[chosen].sum(axis=1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[Row], baseline: str = BASELINE, seed: int = 0) -> list[Cell]:
+    """Return a cell for each condition, workload and policy, in order of appearance.
 
     Args:
-        rows: The requests. A prompt appears at most once under a policy.
+        rows: The requests. A prompt appears at most once under a policy and condition.
+        baseline: The policy that speed-ups are over.
         seed: Of the bootstrap.
 
     Raises:
         ConfigError: No request ran under the baseline.
     """
-    if all(row.policy != BASELINE for row in rows):
-        raise ConfigError(f"nothing was measured under {BASELINE!r}, so there is no speed-up")
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    policies = list(dict.fromkeys(row.policy for row in rows))
-    policies.sort(key=lambda policy: policy != BASELINE)  # stable: the baseline first
+    if all(row.policy != baseline for row in rows):
+        raise ConfigError(f"nothing was measured under {baseline!r}, so there is no speed-up")
     cells: list[Cell] = []
-    for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
-        of_task = [row for row in rows if task in (ALL, row.task)]
-        baseline = {row.prompt: row for row in of_task if row.policy == BASELINE}
-        cells += [
-            _cell(task, policy, [r for r in of_task if r.policy == policy], baseline, seed)
-            for policy in policies
-        ]
+    for condition in dict.fromkeys(condition_of(row) for row in rows):
+        here = [row for row in rows if condition_of(row) == condition]
+        found = list(dict.fromkeys(row.policy for row in here))
+        found.sort(key=lambda policy: (policy != baseline, policy != PLAIN))  # stable
+        made = workloads(list(dict.fromkeys(row.task for row in here)))
+        if condition.concurrency > 1:  # blocks hold all tasks
+            made = dict(list(made.items())[-1:])
+        for workload, tasks in made.items():
+            of_it = [row for row in here if row.task in tasks]
+            before = units(row for row in of_it if row.policy == baseline)
+            cells += [
+                _cell(condition, workload, p, [r for r in of_it if r.policy == p], before, seed)
+                for p in found
+            ]
     return cells
 
 
-def _cell(task: str, policy: str, rows: list[Row], baseline: dict[str, Row], seed: int) -> Cell:
-    pairs = [
-        (row, baseline[row.prompt])
-        for row in rows
-        if row.decoded and row.prompt in baseline and baseline[row.prompt].decoded
-    ]
-    before = np.array([base.decode_seconds for _, base in pairs])
-    after = np.array([base.decoded * row.seconds_per_token for row, base in pairs])
-    low, high = interval(before, after, seed) if len(pairs) > 1 else (None, None)
-    each = tuple(float(ratio) for ratio in before / after)
+def _cell(
+    condition: Condition,
+    workload: str,
+    policy: str,
+    rows: list[Row],
+    baseline: list[Unit],
+    seed: int,
+) -> Cell:
+    measured = units(rows)
+    pairs = pair(measured, baseline)
+    ends = interval(pairs, seed)
     steps = sum(row.steps for row in rows)
     return Cell(
-        task=task,
+        model=condition.model,
+        temperature=condition.temperature,
+        concurrency=condition.concurrency,
+        workload=workload,
         policy=policy,
         requests=len(rows),
-        tokens_per_second=_ratio(sum(r.decoded for r in rows), sum(r.decode_seconds for r in rows)),
-        speedup=_ratio(float(before.sum()), float(after.sum())),
-        low=low,
-        high=high,
-        worst=min(each, default=None),
-        each=each,
+        tokens_per_second=_ratio(sum(u.tokens for u in measured), sum(u.seconds for u in measured)),
+        speedup=pairs.ratio,
+        low=ends[0] if ends else None,
+        high=ends[1] if ends else None,
+        worst=min(pairs.each, default=None),
+        each=pairs.each,
         etr=_ratio(sum(r.emitted for r in rows), steps),
         mean_k=_ratio(sum(r.k_total for r in rows), steps),
         mean_drafted=_ratio(sum(r.drafted for r in rows), steps),
         off_share=_ratio(sum(r.steps_at_0 for r in rows), steps),
+        first_seconds=float(np.median([r.first_seconds for r in rows])) if rows else None,
+        gaps=_medians([row.gaps for row in rows]),
+        controller=_ratio(sum(r.controller_seconds for r in rows), steps),
     )
 
 
-def interval(
-    before: NDArray[np.float64], after: NDArray[np.float64], seed: int
-) -> tuple[float, float]:
-    """Return the 95% interval of ``sum(before) / sum(after)`` by paired bootstrap.
-
-    Args:
-        before: Seconds of each prompt under the baseline, shape (prompts,).
-        after: Seconds under the policy for as many tokens, same shape.
-        seed: Of the resampling.
-    """
-    random = np.random.default_rng(seed)
-    chosen = random.integers(0, len(before), size=(RESAMPLES, len(before)))
-    ratios = before[chosen].sum(axis=1) / after[chosen].sum(axis=1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return float(low), float(high)
+def _medians(values: Sequence[tuple[float, float, float]]) -> tuple[float, float, float] | None:
+    if not values:
+        return None
+    first, second, third = np.median(np.array(values), axis=0).tolist()
+    return first, second, third
 
 
 def _ratio(top: float, bottom: float) -> float | None:
     return top / bottom if bottom else None
 
 
-def cell_of(cells: Iterable[Cell], task: str, policy: str) -> Cell:
-    """Return the cell of a task and a policy; KeyError where there is none."""
+def cell_of(cells: Iterable[Cell], workload: str, policy: str) -> Cell:
+    """Return the first cell of a workload and a policy; KeyError where there is none."""
     for cell in cells:
-        if (cell.task, cell.policy) == (task, policy):
+        if (cell.workload, cell.policy) == (workload, policy):
             return cell
-    raise KeyError((task, policy))
+    raise KeyError((workload, policy))
+
+
+def best_static(cells: Iterable[Cell]) -> Cell | None:
+    """Return the fixed K that was best in hindsight among `cells`, None where there was none.
+
+    Under one condition and workload it is what a table of K by batch size, tuned on this very run,
+    would have used: the bar that vLLM's users name.
+    """
+    static = [c for c in cells if c.policy.startswith("static:") and c.speedup is not None]
+    return max(static, key=lambda cell: cell.speedup or 0.0, default=None)

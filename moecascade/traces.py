@@ -2,19 +2,24 @@
 
 A trace is JSON Lines, one request a line:
 
-    {"id": "code-1", "task": "code", "prompt_token_ids": [...], "output_token_ids": [...]}
+    {"id": "code-1", "task": "code", "prompt_token_ids": [...], "output_token_ids": [...],
+     "steps": [{"drafted": 3, "emitted": 2, "seconds": 0.031}, ...]}
 
-Further keys are allowed and ignored.
+``steps`` are those of the engine that it was recorded on, and may be missing. A log of live traffic
+(`TraceLog`) holds token ids only where they were asked for; it cannot be replayed without. Further
+keys are allowed and ignored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 from moecascade.errors import ConfigError
+from moecascade.steps import Step
 
 KEYS = ("id", "task", "prompt_token_ids", "output_token_ids")
 
@@ -52,6 +57,11 @@ def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
                 continue
             try:
                 row = json.loads(line)
+                if isinstance(row, dict) and row.get("output_token_ids", row) is None:
+                    raise ConfigError(
+                        f"{path}, line {number}: recorded without token ids, so it cannot be "
+                        "replayed; record with trace_tokens on, or with 'moecascade record'"
+                    )
                 trace = Trace(
                     str(row["id"]),
                     str(row["task"]),
@@ -65,3 +75,70 @@ def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
                 ) from None
             if trace.output:
                 yield trace
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that has not ended."""
+
+    task: str
+    prompt: Sequence[int]
+    output: list[int] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TraceLog:
+    """Writes a trace of each request of an engine to a file, when the request ends.
+
+    Args:
+        path: The file; it is created, with its folder, or appended to.
+        tokens: Whether to write token ids. They are what was said: only where users agree.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path, tokens: bool) -> None:
+        """Open the file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._tokens = tokens
+        self._open: dict[str, _Open] = {}
+
+    def begin(self, request_id: str, task: str, prompt: Sequence[int]) -> None:
+        """A request begins."""
+        self._open[request_id] = _Open(task, prompt)
+
+    def step(self, step: Step) -> None:
+        """Take a step's part of each request."""
+        for part in step.requests:
+            if (request := self._open.get(part.request_id)) is not None and part.emitted:
+                request.output.extend(part.tokens)
+                request.steps.append(
+                    {"drafted": part.drafted, "emitted": part.emitted, "seconds": step.seconds}
+                )
+
+    def end(self, request_id: str) -> None:
+        """A request ended, however it ended: write it. Unknown names are ignored."""
+        request = self._open.pop(request_id, None)
+        if request is None:
+            return
+        line = {
+            "id": request_id,
+            "task": request.task,
+            "prompt_tokens": len(request.prompt),
+            "output_tokens": len(request.output),
+            "prompt_token_ids": list(request.prompt) if self._tokens else None,
+            "output_token_ids": request.output if self._tokens else None,
+            "steps": request.steps,
+        }
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; requests that have not ended are left out."""
+        self._file.close()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moecascade import machine
+from moecascade.cli.bench import bench
 from moecascade.cli.demo import demo
 from moecascade.cli.doctor import doctor
 from moecascade.cli.model import model
@@ -56,6 +57,7 @@ def main(
 serve_settings = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(no_args_is_help=True, context_settings=serve_settings)(serve)
 app.command()(demo)
+app.command(context_settings=serve_settings)(bench)
 app.command()(doctor)
 app.command()(model)
 app.command(no_args_is_help=True)(replay)

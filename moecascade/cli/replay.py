@@ -60,7 +60,7 @@ def replay(
     """
     if drafter != "ngram":
         raise ConfigError(f"unknown drafter {drafter!r}; allowed: ngram")
-    specs = [spec.strip() for spec in policies.split(",") if spec.strip()]
+    specs = [spec for spec in registry.split(policies) if spec]
     for spec in specs:
         if spec != replaying.ORACLE:
             registry.create(spec, max_k)

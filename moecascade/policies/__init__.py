@@ -1,14 +1,18 @@
 """Policies: who decides the draft length K, and the registry that finds them by name.
 
-A policy is named by a *spec*: its name, and for some an argument after a colon (``off``,
-``static:3``, ``cascade``). Adding one takes one file: a class with the members of `Policy`, passed
-to `register`.
+A policy is named by a *spec*: its name, for some an argument after a colon (``off``, ``static:3``,
+``cascade``), and settings in brackets where they differ from the defaults
+(``cascade[set_steps=32,backoff=1]``). Adding one takes one file: a class with the members of
+`Policy`, passed to `register`.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from moecascade.errors import ConfigError, nearest
@@ -48,6 +52,14 @@ def classes() -> Mapping[str, type[Policy]]:
     return _REGISTRY
 
 
+def applicable(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the facts of a model that a policy takes as settings."""
+    if name not in _REGISTRY:
+        return {}
+    known = {field.name for field in fields(_REGISTRY[name].Settings)}
+    return {key: value for key, value in facts.items() if key in known}
+
+
 def create(spec: str, max_k: int, options: Mapping[str, Any] | None = None) -> Policy:
     """Make the policy that `spec` names.
 
@@ -59,23 +71,61 @@ def create(spec: str, max_k: int, options: Mapping[str, Any] | None = None) -> P
     Raises:
         ConfigError: Unknown name, missing or wrong argument, K above `max_k`, unknown setting.
     """
-    name, colon, argument = spec.partition(":")
+    name, argument, inline = parse(spec)
     policy = _REGISTRY.get(name)
     if policy is None:
         raise ConfigError(
             f"unknown policy {spec!r}{nearest(name, _REGISTRY)}; allowed: {', '.join(names())}"
         )
-    values = dict(options or {})
+    values = {**(options or {}), **inline}
     if policy.argument:
-        if not argument.isdecimal():
+        if argument is None or not argument.isdecimal():
             raise ConfigError(
                 f"policy {spec!r} needs a whole number after the colon; "
                 f"write for example {name}:{min(3, max_k)}"
             )
         values[policy.argument] = int(argument)
-    elif colon:
+    elif argument is not None:
         raise ConfigError(f"policy {name!r} takes no argument, but got {spec!r}; write {name!r}")
     return policy(from_mapping(policy.Settings, values, f"options of policy {name!r}"), max_k)
 
 
-__all__ = ["ANY_K", "Policy", "classes", "create", "names", "register"]
+def parse(spec: str) -> tuple[str, str | None, dict[str, Any]]:
+    """Return a spec's name, its argument if it has one, and its settings.
+
+    Raises:
+        ConfigError: The brackets are not of the form ``[name=value,...]``.
+    """
+    plain, bracket, inside = spec.partition("[")
+    name, colon, argument = plain.partition(":")
+    values: dict[str, Any] = {}
+    if bracket:
+        try:
+            if not inside.endswith("]"):
+                raise ValueError
+            for item in inside[:-1].split(","):
+                key, _, value = item.partition("=")
+                values[key.strip()] = json.loads(value)
+        except ValueError:
+            raise ConfigError(
+                f"policy {spec!r}: settings have the form {plain}[name=number,...]"
+            ) from None
+    return name, argument if colon else None, values
+
+
+def split(specs: str) -> list[str]:
+    """Return the specs of a list with commas between; those within brackets are theirs."""
+    return [spec.strip() for spec in re.split(r",(?![^\[]*\])", specs)]
+
+
+__all__ = [
+    "ANY_K",
+    "Policy",
+    "applicable",
+    "classes",
+    "create",
+    "names",
+    "parse",
+    "register",
+    "split",
+]

@@ -14,6 +14,10 @@ cost more than they gave pays a higher lambda until it is even again, so that it
 In a batch all (request, position) slots compete: a token of request r is worth its chance over r's
 lambda, verifying it delays all n requests, and the number of slots admitted, best first, is the one
 that maximises worth less delay.
+
+Reading the text of a request takes some forty microseconds a step. In a crowd, a batch of more than
+`crowd` requests, drafts are judged by how the request's last ones fared (`moecascade.history`), and
+lambda is the rate of the whole batch, which makes its throughput highest.
 """
 
 from __future__ import annotations
@@ -22,10 +26,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from moecascade.acceptance import Acceptance, Record
 from moecascade.context import Text
-from moecascade.costmodel import CostModel
+from moecascade.costmodel import Array, CostModel
 from moecascade.errors import ConfigError
+from moecascade.history import FIRST, History
 from moecascade.steps import Decision, Proposal, Step
 from moecascade.utility import cost_share
 
@@ -42,13 +49,15 @@ class MarginalSettings:
         top_k: How many of them a token is routed to.
         rate_memory: Steps over which a request's rate is averaged.
         patience: Baseline steps that a request may have lost to drafts before they have to promise
-            twice as much.
+            twice as much; what they have to promise rises with the square of what was lost.
+        crowd: Requests in a batch above which drafts are judged by history instead of text.
     """
 
     experts: int = 8
     top_k: int = 2
     rate_memory: float = 20.0
-    patience: float = 3.0
+    patience: float = 2.5
+    crowd: int = 8
 
     def __post_init__(self) -> None:
         """Check the ranges; ConfigError names the setting and what is allowed."""
@@ -60,6 +69,10 @@ class MarginalSettings:
         if not self.patience > 0:
             raise ConfigError(
                 f"options of policy 'marginal': patience must be above 0, got {self.patience}"
+            )
+        if not self.crowd >= 0:
+            raise ConfigError(
+                f"options of policy 'marginal': crowd must be at least 0, got {self.crowd}"
             )
         if not self.rate_memory >= 1:
             raise ConfigError(
@@ -92,9 +105,11 @@ class _Request:
     record: Record
     rate: _Rate
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
-    survival: Sequence[float] = ()
+    survival: Sequence[float] | Array = ()
     k: int = 0
     idle: int = 0  # steps since the last with drafts
+    state: int = FIRST  # of its history
+    draft: Sequence[int] = ()  # the latest, while history judges
 
 
 class Marginal:
@@ -111,15 +126,20 @@ class Marginal:
         self._keep = 1.0 - 1.0 / settings.rate_memory
         self._requests: dict[str, _Request] = {}
         self._acceptance = Acceptance()
+        self._history: History | None = None  # made by the first crowd
         self._costs = CostModel(settings.experts, settings.top_k)
         self._rate = _Rate(60.0, 50.0)  # of all requests, over a thousand steps; 1.2 to begin with
+        self._batch_rate = _Rate(1.2 * settings.rate_memory, settings.rate_memory)
         self._others = 0  # requests under other policies in the last step
+        self._crowded = False  # whether history made the last decisions
+        self._batch = (1, 0)  # requests and drafts of the step that was last decided about
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
-        """Index the prompt; expect the rate of all requests."""
+        """Keep the prompt; expect the rate of all requests."""
         general, memory = self._rate.value, self._settings.rate_memory
+        record = Record(Text(()), unread=list(prompt))
         self._requests[request_id] = _Request(
-            min(max_k, self._max_k), Record(Text(prompt)), _Rate(general * memory, memory)
+            min(max_k, self._max_k), record, _Rate(general * memory, memory)
         )
 
     def drop(self, request_id: str) -> None:
@@ -128,41 +148,81 @@ class Marginal:
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
+        self._crowded = len(proposals) > self._settings.crowd
+        ks = self._in_crowd(proposals) if self._crowded else self._by_text(proposals)
+        self._batch = (len(proposals) + self._others, sum(ks))
+        return [Decision(p.request_id, k, "marginal") for p, k in zip(proposals, ks, strict=True)]
+
+    def _by_text(self, proposals: Sequence[Proposal]) -> list[int]:
+        """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
-        slots: list[tuple[float, str]] = []
-        for proposal in proposals:
-            r = self._requests[proposal.request_id]
+        requests = [self._requests[p.request_id] for p in proposals]
+        slots: list[tuple[float, _Request]] = []
+        for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
             if proposal.tokens and r.max_k:
                 r.survival = self._acceptance.predict(r.record, proposal.tokens)
                 worth = 1.0 / self._price(r)
-                slots += [(s * worth, proposal.request_id) for s in r.survival[: r.max_k]]
+                slots += [(s * worth, r) for s in r.survival[: r.max_k]]
         # A request's slots are worth less and less, so the best are always prefixes of drafts.
         slots.sort(key=lambda slot: -slot[0])
+        costs = self._costs.costs(n, len(slots)).tolist()
         best, most, worth = 0, 0.0, 0.0
         for count, (gain, _) in enumerate(slots, 1):
             worth += gain
-            surplus = worth - n * (self._costs.cost(n, count) - 1.0)
+            surplus = worth - n * (costs[count] - 1.0)
             if surplus > most:
                 best, most = count, surplus
-        for _, request_id in slots[:best]:
-            self._requests[request_id].k += 1
-        return [
-            Decision(p.request_id, self._requests[p.request_id].k, "marginal") for p in proposals
-        ]
+        for _, r in slots[:best]:
+            r.k += 1
+        return [r.k for r in requests]
+
+    def _in_crowd(self, proposals: Sequence[Proposal]) -> list[int]:
+        """Return the K of each request, judged by history, all of them paid at the batch's lambda.
+
+        The same rule as above, with all slots in one array.
+        """
+        n = len(proposals) + self._others
+        requests = [self._requests[p.request_id] for p in proposals]
+        lengths = []
+        for p, r in zip(proposals, requests, strict=True):
+            r.draft = p.tokens
+            lengths.append(min(len(p.tokens), r.max_k))
+        if self._history is None:
+            self._history = History(self._max_k)
+        survival = self._history.survival([r.state for r in requests])
+        worth = survival / self._batch_rate.value
+        worth[np.arange(self._max_k) >= np.array(lengths)[:, None]] = 0.0
+        order = np.argsort(-worth, axis=None, kind="stable")  # stable: prefixes where worths tie
+        costs = self._costs.costs(n, worth.size)[1 : worth.size + 1]
+        surplus = np.cumsum(worth.ravel()[order]) - n * (costs - 1.0)
+        best = int(surplus.argmax()) + 1 if surplus.max() > 0.0 else 0
+        admitted = np.bincount(order[:best] // self._max_k, minlength=len(requests))
+        # Slots beyond a draft's end are worth nothing; where drafts are free some are admitted.
+        ks: list[int] = np.minimum(admitted, lengths).tolist()
+        for r, k, row in zip(requests, ks, survival, strict=True):
+            r.k, r.survival = k, row
+        return ks
 
     def observe(self, step: Step) -> None:
         """Learn cost from decode steps, acceptance from every step's tokens."""
         n = len(step.requests)
         drafted = sum(part.drafted for part in step.requests)
-        mine = [part for part in step.requests if part.request_id in self._requests]
-        self._others = n - len(mine)
         cost = None
         if step.decode and step.seconds is not None:
             self._costs.observe(n + drafted, step.seconds)
             cost = self._costs.cost(n, drafted)
-        for part in mine:
-            r = self._requests[part.request_id]
+        learn = self._learn_history if self._crowded else self._learn_text
+        self._others = n - learn(step, cost, drafted)
+
+    def _learn_text(self, step: Step, cost: float | None, drafted: int) -> int:
+        """Learn as `_by_text` decides; return how many of the step's requests are ours."""
+        n, mine = len(step.requests), 0
+        for part in step.requests:
+            r = self._requests.get(part.request_id)
+            if r is None:
+                continue
+            mine += 1
             self._acceptance.learn(r.record, part.tokens)
             r.idle = 0 if part.drafted else r.idle + 1
             if cost is not None:
@@ -170,10 +230,33 @@ class Marginal:
                 if part.drafted:
                     r.lost += cost_share(cost, 1.0, n, part.drafted, drafted) - part.emitted
                 self._rate.add(part.emitted, cost, 0.999)
+        return mine
+
+    def _learn_history(self, step: Step, cost: float | None, _drafted: int) -> int:
+        """Learn as `_in_crowd` decides; return how many of the step's requests are ours."""
+        history = self._history
+        assert history is not None  # `_in_crowd` has been here before
+        mine, emitted = 0, 0
+        for part in step.requests:
+            r = self._requests.get(part.request_id)
+            if r is None:
+                continue
+            mine += 1
+            emitted += part.emitted
+            if r.draft and part.tokens:
+                r.state = history.learn(r.state, r.draft, part.tokens)
+                r.draft = ()
+            r.record.skip(part.tokens)
+            r.idle = 0 if part.drafted else r.idle + 1
+        history.step()
+        if cost is not None and mine:
+            self._batch_rate.add(emitted / mine, cost, self._keep)
+            self._rate.add(emitted, mine * cost, 0.999**mine)
+        return mine
 
     def _price(self, r: _Request) -> float:
         """Return lambda, raised for a request that has lost time: it may risk less."""
-        return r.rate.value * (1.0 + max(0.0, r.lost) / self._settings.patience)
+        return r.rate.value * (1.0 + (max(0.0, r.lost) / self._settings.patience) ** 2)
 
     def lookahead(self, request_id: str) -> int:
         """Return a little more than was used; while off, a short draft now and then.
@@ -187,12 +270,18 @@ class Marginal:
         return 0 if r.idle % LOOK_EVERY else min(AHEAD, r.max_k)
 
     def explain(self, request_id: str) -> Mapping[str, Any]:
-        """Return K, lambda, the predicted survival and the predicted cost of each K."""
+        """Return K, what is expected of the step, lambda, survival, and the cost of each K."""
         r = self._requests[request_id]
+        tokens = 1.0 + float(sum(r.survival[: r.k]))
+        n, drafts = self._batch
+        cost = cost_share(self._costs.cost(n, drafts), 1.0, n, r.k, drafts)
         return {
             "k": r.k,
-            "lambda": self._price(r),
+            "utility": tokens / cost,
+            "expected_tokens": tokens,
+            "expected_seconds": self._costs.seconds(n + drafts),
+            "lambda": self._batch_rate.value if self._crowded else self._price(r),
             "lost": r.lost,
-            "survival": list(r.survival),
-            "costs": [self._costs.cost(1 + self._others, k) for k in range(self._max_k + 1)],
+            "survival": [float(chance) for chance in r.survival],
+            "costs": self._costs.costs(n, self._max_k)[: self._max_k + 1].tolist(),
         }

@@ -85,6 +85,20 @@ def max_k(config: VllmConfig) -> int:
     return int(config.speculative_config.num_speculative_tokens or 0)
 
 
+def model_facts(config: VllmConfig) -> dict[str, int]:
+    """Return what policies may want to know of the target: experts a layer, experts a token.
+
+    Both are 1 for a dense model; what its configuration does not tell is left out.
+    """
+    text = config.model_config.hf_text_config
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((n for name in names if (n := getattr(text, name, None))), 1)
+    top_k = getattr(text, "num_experts_per_tok", None) if experts > 1 else 1
+    if not (isinstance(experts, int) and isinstance(top_k, int) and 1 <= top_k <= experts):
+        return {}
+    return {"experts": experts, "top_k": top_k}
+
+
 def drafts_cost(config: VllmConfig) -> bool:
     """Return whether the drafter runs a model, so that drafting less saves time."""
     assert config.speculative_config is not None

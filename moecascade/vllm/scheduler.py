@@ -26,6 +26,7 @@ from moecascade.errors import ConfigError
 from moecascade.options import RequestOptions, request_options, server_options
 from moecascade.steplog import StepLog
 from moecascade.steps import Decision, Proposal, RequestStep, Step
+from moecascade.traces import TraceLog
 from moecascade.vllm import compat
 
 if TYPE_CHECKING:
@@ -53,8 +54,14 @@ class Scheduler(VllmScheduler):
         self._decisions: dict[str, Decision] = {}  # the last one of each request
         self._ended: list[str] = []  # requests that ended, but may be in the step under way
         self.cascade_faults: Counter[str] = Counter()
-        self.controller = Controller(self._options, self._max_k, self._policy_fault)
-        self._step_log = StepLog(self._options.step_log) if self._options.step_log else None
+        facts = compat.model_facts(config)
+        self.controller = Controller(self._options, self._max_k, self._policy_fault, facts)
+        self._controller_seconds = 0.0  # spent since the last step was observed
+        options = self._options
+        self._step_log = StepLog(options.step_log) if options.step_log else None
+        self._trace_log = (
+            TraceLog(options.trace_log, options.trace_tokens) if options.trace_log else None
+        )
         compat.logger.info(
             "moecascade: policy %r, K from 0 to %d", self._options.policy, self._max_k
         )
@@ -85,11 +92,15 @@ class Scheduler(VllmScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._safely(self._observe, scheduler_output, model_runner_output)
         self._safely(self._forget_ended)
+        if self._began is None:  # nothing is left to do: time to write
+            self._safely(self._flush)
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take the drafter's proposals for the next step, each cut to its request's K."""
+        began = time.perf_counter()
         cut = self._safely(self._cut, draft_token_ids)
+        self._controller_seconds += time.perf_counter() - began
         if cut is None:
             cut = compat.with_drafts(draft_token_ids, [[] for _ in draft_token_ids.req_ids])
         super().update_draft_token_ids(cut)
@@ -100,9 +111,10 @@ class Scheduler(VllmScheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:
-        """Close the step log as well."""
-        if self._step_log is not None:
-            self._safely(self._step_log.close)
+        """Close our logs as well."""
+        for log in (self._step_log, self._trace_log):
+            if log is not None:
+                self._safely(log.close)
         super().shutdown()
 
     # ---- translation -----------------------------------------------------------------------------
@@ -119,13 +131,18 @@ class Scheduler(VllmScheduler):
                 self._report(
                     "request options", f"{error}; the request runs under the server's policy"
                 )
-        self.controller.add(request.request_id, asked, compat.prompt_tokens(request))
+        prompt = compat.prompt_tokens(request)
+        self.controller.add(request.request_id, asked, prompt)
+        if self._trace_log is not None:
+            self._trace_log.begin(request.request_id, asked.task, prompt)
 
     def _forget_ended(self) -> None:
         while self._ended:
             request_id = self._ended.pop()
             self._decisions.pop(request_id, None)
             self.controller.drop(request_id)
+            if self._trace_log is not None:
+                self._trace_log.end(request_id)
 
     def _observe(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
         now = time.perf_counter()
@@ -140,12 +157,23 @@ class Scheduler(VllmScheduler):
             decode = compat.is_decode(output) and all(part.emitted for part in parts)
             step = Step(None if began is None else now - began, decode, parts)
             if self._step_log is not None:
-                spec = self.controller.spec
-                policy_of = {part.request_id: spec(part.request_id) for part in parts}
-                self._step_log.write(step, self._decisions, policy_of)
+                ids = [part.request_id for part in parts]
+                policy_of = {request_id: self.controller.spec(request_id) for request_id in ids}
+                explained = {request_id: self.controller.explain(request_id) for request_id in ids}
+                self._step_log.write(
+                    step, self._decisions, policy_of, explained, self._controller_seconds
+                )
+                self._controller_seconds = 0.0
+            if self._trace_log is not None:
+                self._trace_log.step(step)
+            learning = time.perf_counter()
             self.controller.observe(step)
-        if not busy and self._step_log is not None:
-            self._step_log.flush()
+            self._controller_seconds += time.perf_counter() - learning
+
+    def _flush(self) -> None:
+        for log in (self._step_log, self._trace_log):
+            if log is not None:
+                log.flush()
 
     def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
         proposals = [

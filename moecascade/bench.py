@@ -1,0 +1,398 @@
+"""Measuring policies on a real server: the plan, the sending, and the rows that come of it.
+
+A *block* is a few prompts under one policy, sent with a given number of requests in flight; with
+one in flight it is one prompt. A *round* is the same prompts under every policy, block after block,
+in an order that rotates from round to round, so that whatever drifts (clock speed, caches, what a
+policy has learnt) meets all of them alike. Rounds of different temperatures and concurrencies
+alternate, so that a run that ends early is a smaller run of the same shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecascade import launch, policies
+from moecascade.client import Reply, chat
+from moecascade.errors import ConfigError
+from moecascade.rows import BASELINE, PLAIN, Row, Steps, row
+from moecascade.workloads import Prompt
+
+if TYPE_CHECKING:
+    import httpx
+
+WARM_UP_TOKENS = 24
+BLOCK = 2  # prompts of a block for each request in flight, where there is more than one
+DRAWN = 2  # prompts of each task whose steps are kept, to be drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        policies: Specs of the policies. The baseline is added where it is missing. `rows.PLAIN`
+            stands for a server without plugin and speculation.
+        temperatures: Of sampling; 0 is greedy.
+        concurrencies: Requests in flight at once.
+        max_tokens: The longest answer.
+        seed: Of sampling; the prompt's number is added to it.
+        ignore_eos: Whether answers go on to `max_tokens` where the model would end.
+    """
+
+    policies: tuple[str, ...] = ("off", "static:1", "static:3", "static:8", "cascade", "marginal")
+    temperatures: tuple[float, ...] = (0.0,)
+    concurrencies: tuple[int, ...] = (1,)
+    max_tokens: int = 128
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values; ConfigError names the first that is wrong."""
+        for spec in self.policies:
+            if spec != PLAIN:
+                policies.create(spec, policies.ANY_K)
+        for name in ("policies", "temperatures", "concurrencies"):
+            values = getattr(self, name)
+            if not values:
+                raise ConfigError(f"no {name}: give at least one")
+            if len(set(values)) < len(values):
+                shown = ",".join(str(value) for value in values)
+                raise ConfigError(f"{name} {shown}: name each only once")
+        if self.max_tokens < 2:
+            raise ConfigError(f"{self.max_tokens} tokens: give at least 2, for there to be a rate")
+        if min(self.temperatures) < 0:
+            raise ConfigError(f"temperature {min(self.temperatures)}: give 0 (greedy) or more")
+        if min(self.concurrencies) < 1:
+            raise ConfigError(f"concurrency {min(self.concurrencies)}: give 1 or more")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The policies with the baseline among them."""
+        return self.policies if BASELINE in self.policies else (BASELINE, *self.policies)
+
+    @property
+    def max_k(self) -> int:
+        """The longest draft that the policies need, at least the default drafter's."""
+        longest = [
+            int(spec.partition(":")[2]) for spec in self.policies if spec.startswith("static:")
+        ]
+        return max([int(launch.DRAFTER["num_speculative_tokens"]), *longest])
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt under a policy.
+
+    Attributes:
+        id: Its name in the step log.
+        prompt: What is asked.
+        seed: Seed of its sampling.
+        drawn: Whether its steps are kept.
+    """
+
+    id: str
+    prompt: Prompt
+    seed: int
+    drawn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Requests that run together under one policy; see `rows.Row` for the names."""
+
+    id: str
+    policy: str
+    temperature: float
+    concurrency: int
+    place: int
+    requests: tuple[Request, ...]
+
+
+def plan(model: str, prompts: Sequence[Prompt], settings: Settings) -> list[list[Block]]:
+    """Return the rounds in the order of sending, each a list of blocks.
+
+    Names follow from what is asked for, so that a run that was interrupted can find its place.
+    """
+    what = json.dumps([model, asdict(settings), [asdict(p) for p in prompts]])
+    run = hashlib.sha256(what.encode()).hexdigest()[:8]
+    tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
+    first = {p.id for task in tasks for p in [q for q in prompts if q.task == task][:DRAWN]}
+    number = iter(range(100_000))
+    by_condition = []
+    for temperature in settings.temperatures:
+        for concurrency in settings.concurrencies:
+            rounds = []
+            size = 1 if concurrency == 1 else BLOCK * concurrency
+            for at in range(0, len(prompts) - len(prompts) % size, size):
+                turn = at // size
+                if size == 1:  # rotate within each task, and begin elsewhere for each
+                    task = prompts[at].task
+                    turn = sum(p.task == task for p in prompts[:at]) + tasks.index(task)
+                blocks = []
+                for place in range(len(settings.measured)):
+                    requests = tuple(
+                        Request(
+                            f"mc-{run}-{next(number):05d}",
+                            prompt,
+                            settings.seed + at + i,
+                            concurrency == 1 and prompt.id in first,
+                        )
+                        for i, prompt in enumerate(prompts[at : at + size])
+                    )
+                    spec = settings.measured[(turn + place) % len(settings.measured)]
+                    blocks.append(
+                        Block(requests[0].id, spec, temperature, concurrency, place, requests)
+                    )
+                rounds.append(blocks)
+            if not rounds:
+                raise ConfigError(
+                    f"{len(prompts)} prompts are too few for {concurrency} in flight; "
+                    f"give at least {size}"
+                )
+            by_condition.append(rounds)
+    return [blocks for turn in zip_longest(*by_condition) for blocks in turn if blocks]
+
+
+async def warm_up(servers: Mapping[str, httpx.AsyncClient], model: str, settings: Settings) -> None:
+    """Send a short request under each policy, unmeasured.
+
+    What happens once (code that is compiled, memory that is touched for the first time) is then
+    over.
+    """
+    for spec in settings.measured:
+        most = max(settings.concurrencies)
+        await asyncio.gather(
+            *(
+                chat(
+                    _client(servers, spec),
+                    model,
+                    "Count from one to ten, twice.",
+                    request_id=f"warm-up-{spec}-{i}",
+                    max_tokens=WARM_UP_TOKENS,
+                    xargs=_xargs(spec, ""),
+                )
+                for i in range(most)
+            )
+        )
+
+
+async def send(
+    servers: Mapping[str, httpx.AsyncClient], model: str, block: Block, settings: Settings
+) -> tuple[list[Reply], float]:
+    """Send a block and return its answers and the seconds from its beginning to its end.
+
+    Args:
+        servers: Clients of the server with the plugin, under `BASELINE`, and of the one without,
+            under `PLAIN`.
+        model: The name under which they serve the model.
+        block: What to send.
+        settings: Length of answers.
+
+    Raises:
+        SetupError: The server refuses a request or fails.
+    """
+    gate = asyncio.Semaphore(block.concurrency)
+
+    async def one(request: Request) -> Reply:
+        async with gate:
+            return await chat(
+                _client(servers, block.policy),
+                model,
+                request.prompt.prompt,
+                request_id=request.id,
+                max_tokens=settings.max_tokens,
+                temperature=block.temperature,
+                seed=_seed(block, request),
+                ignore_eos=settings.ignore_eos,
+                xargs=_xargs(block.policy, request.prompt.task),
+            )
+
+    began = time.perf_counter()
+    replies = await asyncio.gather(*(one(request) for request in block.requests))
+    return list(replies), time.perf_counter() - began
+
+
+def _client(servers: Mapping[str, httpx.AsyncClient], spec: str) -> httpx.AsyncClient:
+    return servers[PLAIN if spec == PLAIN else BASELINE]
+
+
+def _seed(block: Block, request: Request) -> int | None:
+    """Return the seed to send. vLLM 0.32 on a CPU fails where a seeded prompt comes in parts."""
+    return request.seed if block.temperature and block.concurrency == 1 else None
+
+
+def _xargs(spec: str, task: str) -> dict[str, str]:
+    return {} if spec == PLAIN else {"cascade_policy": spec, "cascade_task": task}
+
+
+def rows_of(
+    model: str,
+    block: Block,
+    replies: Sequence[Reply],
+    seconds: float,
+    steps: Mapping[str, Steps],
+    keep_text: bool,
+) -> list[Row]:
+    """Return a block's rows: the answers joined with the step log."""
+    made = []
+    for request, reply in zip(block.requests, replies, strict=True):
+        median, p95, p99 = np.percentile(reply.gaps or (0.0,), [50, 95, 99]).tolist()
+        made.append(
+            Row(
+                request=request.id,
+                model=model,
+                prompt=request.prompt.id,
+                task=request.prompt.task,
+                policy=block.policy,
+                temperature=block.temperature,
+                concurrency=block.concurrency,
+                block=block.id,
+                block_seconds=seconds,
+                place=block.place,
+                seed=request.seed,
+                prompt_tokens=reply.prompt_tokens,
+                tokens=reply.tokens,
+                decoded=reply.decoded,
+                first_seconds=reply.first_seconds,
+                decode_seconds=reply.decode_seconds,
+                gaps=(median, p95, p99),
+                finish_reason=reply.finish_reason,
+                text=reply.text if keep_text else "",
+                **steps.get(request.id, Steps()).fields(request.drawn),
+            )
+        )
+    return made
+
+
+class Journal:
+    """The rows of a run as they come, one JSON object a line, so that it can be interrupted.
+
+    Args:
+        path: The file; created with its folder where it is missing.
+        about: What the run measures. A file about something else is refused.
+
+    Raises:
+        ConfigError: The file is about another run, or is none of ours.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Read what there is; a last line that was cut short is dropped."""
+        self.rows: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = json.dumps({"moecascade": "journal", **about})
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole and whole[0].rstrip("\n") != head:
+            raise ConfigError(
+                f"{path} is of a run that measures something else; choose another folder with "
+                "--out, or begin anew with --fresh"
+            )
+        self.rows = [row(json.loads(line)) for line in whole[1:]]
+        text = "".join(whole) or head + "\n"
+        if text != "".join(lines):
+            path.write_text(text, encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def done(self) -> frozenset[str]:
+        """The names of the requests that have been measured."""
+        return frozenset(row.request for row in self.rows)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append a block's rows."""
+        self.rows.extend(rows)
+        self._file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def measure(
+    servers: Mapping[str, str],
+    model: str,
+    rounds: Sequence[Sequence[Block]],
+    settings: Settings,
+    journal: Journal,
+    *,
+    log: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(()),
+    deadline: float | None = None,
+    keep_text: bool = False,
+    tell: Callable[[Block], None] = lambda _block: None,
+) -> None:
+    """Send all rounds that are not in the journal yet, and write their rows to it.
+
+    Args:
+        servers: Addresses, as `send` names them.
+        model: The name under which they serve the model.
+        rounds: From `plan`.
+        settings: The same.
+        journal: Where rows go.
+        log: Returns the step log's lines since it was last called.
+        deadline: No round begins after this time of `time.monotonic`.
+        keep_text: Whether rows hold the answers.
+        tell: Called before each block.
+
+    Raises:
+        SetupError: The server refuses a request or fails.
+    """
+    asyncio.run(_measure(servers, model, rounds, settings, journal, log, deadline, keep_text, tell))
+
+
+async def _measure(
+    servers: Mapping[str, str],
+    model: str,
+    rounds: Sequence[Sequence[Block]],
+    settings: Settings,
+    journal: Journal,
+    log: Callable[[], Iterator[Mapping[str, Any]]],
+    deadline: float | None,
+    keep_text: bool,
+    tell: Callable[[Block], None],
+) -> None:
+    import httpx
+
+    from moecascade.rows import tally
+
+    done = journal.done
+    clients = {
+        name: httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600.0))
+        for name, url in servers.items()
+    }
+    try:
+        await warm_up(clients, model, settings)
+        for blocks in rounds:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            for block in blocks:
+                tell(block)
+                if block.id in done:
+                    continue
+                replies, seconds = await send(clients, model, block, settings)
+                steps = tally(log())
+                journal.add(rows_of(model, block, replies, seconds, steps, keep_text))
+    finally:
+        for client in clients.values():
+            await client.aclose()
+
+
+def model_facts(folder: str) -> dict[str, Any]:
+    """Return the sizes of the model in a folder as its ``config.json`` gives them."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    wanted = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
+    moe = ("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    return {name: config[name] for name in (*wanted, *moe) if name in config}

@@ -1,0 +1,203 @@
+"""`moecascade bench`: the paper's evaluation, with its baselines and peers, on a real engine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moecascade import bench as measuring
+from moecascade import policies, results, workloads
+from moecascade.cli import measure
+from moecascade.cli.demo import table
+from moecascade.errors import ConfigError
+from moecascade.rows import PLAIN
+from moecascade.summary import Condition, condition_of, summarise
+from moecascade.vllm import compat
+
+DEFAULTS = measuring.Settings()
+RESULTS = "bench.json"
+JOURNAL = "rows.jsonl"
+
+
+def bench(
+    context: typer.Context,
+    *,
+    models: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Local models, folders, names on the hub; commas."),
+    ] = "local",
+    specs: Annotated[
+        str,
+        typer.Option(
+            "--policies",
+            metavar="SPECS",
+            help=f"Policies, commas between; '{PLAIN}' is vLLM without plugin and speculation.",
+        ),
+    ] = ",".join(DEFAULTS.policies),
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts: JSON Lines with id, task, prompt; Spec-Bench, HumanEval, GSM8K or "
+            "ShareGPT as published; hf:NAME[:CONFIG[:SPLIT]]. Repeatable. Ours if none is given.",
+        ),
+    ] = None,
+    prompts_per_task: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts of each task; all if not given.")
+    ] = None,
+    temperatures: Annotated[str, typer.Option(metavar="T,...", help="0 is greedy.")] = "0",
+    concurrencies: Annotated[
+        str, typer.Option("--concurrency", metavar="N,...", help="Requests in flight.")
+    ] = "1",
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Longest answer, in tokens.")
+    ] = DEFAULTS.max_tokens,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of sampling.")] = DEFAULTS.seed,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="Stop measuring after this time, an equal share for each model. What was measured "
+            "by then is complete: every prompt under every policy.",
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on a server that is running, with the plugin, under the name given by "
+            "--models. Step times are then not known.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for results and the servers' logs.")
+    ] = Path("results/bench"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")
+    ] = False,
+) -> None:
+    """Measure policies on a real engine: models, workloads, temperatures, requests in flight.
+
+    The same prompts run under every policy, interleaved, so that drift cancels. Speed-ups have 95%
+    intervals; what cannot be told apart is said to be so. Interrupt it (Ctrl-C) as you like: the
+    same command goes on where it was. What is not listed below goes to vLLM's servers as it is.
+
+    For example:
+
+        moecascade bench --policies off,static:3,cascade,marginal --prompts-per-task 8
+        moecascade bench --models local,mixtral-16 --temperatures 0,0.8 --minutes 60
+        moecascade bench --prompts HumanEval.jsonl --prompts test.jsonl --policies vllm,off,cascade
+        moecascade bench --url http://localhost:8000 --models my-model --concurrency 8
+        moecascade report results/bench
+    """
+    settings = measuring.Settings(
+        policies=tuple(policies.split(specs)),
+        temperatures=_numbers("temperatures", temperatures, float),
+        concurrencies=tuple(int(n) for n in _numbers("concurrency", concurrencies, int)),
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    asked = workloads.mix(workloads.read(prompts or []), prompts_per_task)
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"models {models!r}: name at least one, and each only once")
+    if url is not None and (len(names) > 1 or PLAIN in settings.measured):
+        raise ConfigError(
+            f"--url {url}: a running server has one model and the plugin; name one model and leave "
+            f"{PLAIN!r} out"
+        )
+    if url is None:
+        compat.check_version()
+    screen = Console(stderr=True)
+    measure.make_folder(out)
+    arguments: dict[str, Any] = {
+        "models": names,
+        "policies": list(settings.measured),
+        "prompts": list(prompts or []),
+        "prompts_per_task": prompts_per_task,
+        "temperatures": list(settings.temperatures),
+        "concurrencies": list(settings.concurrencies),
+        "max_tokens": settings.max_tokens,
+        "seed": settings.seed,
+        "url": url,
+        "flags": list(context.args),
+    }
+    if fresh:
+        (out / JOURNAL).unlink(missing_ok=True)
+    journal = measuring.Journal(out / JOURNAL, arguments)
+    if journal.rows:
+        screen.print(f"Going on after {len(journal.rows)} requests in {out / JOURNAL}.")
+    about, served = [], []
+    try:
+        with measure.progress(screen) as shown:
+            for i, name in enumerate(names):
+                if url is not None:
+                    facts = measure.on_running(url, name, asked, settings, journal, shown, minutes)
+                else:
+                    deadline = None
+                    if minutes is not None:
+                        share = minutes * 60 / len(names)
+                        deadline = time.monotonic() + share
+                    facts = measure.serve_and_measure(
+                        name,
+                        asked,
+                        settings,
+                        journal,
+                        out,
+                        shown,
+                        flags=context.args,
+                        deadline=deadline,
+                    )
+                about.append(facts[0])
+                served.append(facts[1])
+                if i + 1 < len(names):
+                    _keep(out, arguments, about, served, journal)
+    finally:
+        journal.close()
+    _keep(out, arguments, about, served, journal)
+    _print(journal)
+    screen.print(
+        f"Kept: {out / RESULTS}. See it: moecascade report {out}", soft_wrap=True, highlight=False
+    )
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple[float, ...]:
+    try:
+        return tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} {text!r}: give numbers with commas between") from None
+
+
+def _keep(
+    out: Path,
+    arguments: dict[str, Any],
+    about: list[dict[str, Any]],
+    served: list[dict[str, Any]],
+    journal: measuring.Journal,
+) -> None:
+    """Write what has been measured by now."""
+    found = results.collect(
+        "bench",
+        arguments=arguments,
+        models=about,
+        servers=served,
+        rows=[results.plain(row) for row in journal.rows],
+        summary=[results.plain(cell) for cell in summarise(journal.rows)],
+    )
+    results.write(out / RESULTS, found)
+
+
+def _print(journal: measuring.Journal) -> None:
+    """Print a table for each condition."""
+    console = Console()
+    for condition in dict.fromkeys(condition_of(row) for row in journal.rows):
+        rows = [row for row in journal.rows if condition_of(row) == condition]
+        console.print(table(summarise(rows), _title(condition), ""))
+
+
+def _title(condition: Condition) -> str:
+    flight = "one request" if condition.concurrency == 1 else f"{condition.concurrency} requests"
+    return f"{condition.model}, temperature {condition.temperature:g}, {flight} in flight"

@@ -1,0 +1,186 @@
+"""Serving a model and measuring on it, with what a person sees meanwhile; `demo` and `bench` share it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from moecascade import bench, launch, server, steplog
+from moecascade.cli.serve import find_model
+from moecascade.errors import SetupError
+from moecascade.rows import BASELINE, PLAIN
+from moecascade.workloads import Prompt
+
+HOST = "127.0.0.1"
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder for results; SetupError with the reason where that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            f"cannot write to {str(out)!r}: {error.strerror}; choose another folder with --out"
+        ) from None
+
+
+@contextmanager
+def progress(screen: Console) -> Iterator[Progress]:
+    """Show progress bars with the time that is left."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=screen,
+        refresh_per_second=2,  # drawing takes processor time from what is measured
+    ) as shown:
+        yield shown
+
+
+def serve_and_measure(
+    model: str,
+    prompts: Sequence[Prompt],
+    settings: bench.Settings,
+    journal: bench.Journal,
+    out: Path,
+    shown: Progress,
+    *,
+    flags: Sequence[str] = (),
+    deadline: float | None = None,
+    keep_text: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Start the servers that a model needs, measure on them, and end them.
+
+    Returns:
+        What the model and the server were, for the results.
+    """
+    folder, local_name = find_model(model)
+    rounds = bench.plan(model, prompts, settings)
+    where = ["--host", HOST, "--port"]
+    with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch, ExitStack() as stack:
+        log = Path(scratch) / "steps.jsonl"
+        launches = {
+            BASELINE: launch.plan(
+                folder,
+                [*where, str(server.free_port(HOST)), *flags],
+                max_k=None if _chooses_drafter(flags) else settings.max_k,
+                step_log=log,
+                local_name=local_name,
+            )
+        }
+        if PLAIN in settings.measured:
+            kept = _without_speculation(flags)
+            launches[PLAIN] = launch.plain(
+                folder, [*where, str(server.free_port(HOST)), *kept], local_name=local_name
+            )
+        bar = shown.add_task(f"{model}: starting vLLM", total=None)
+        for name, one in launches.items():  # one after the other: starting takes all cores
+            began = time.monotonic()
+            logfile = out / f"server-{local_name or Path(model).name}-{name}.log"
+            running = stack.enter_context(server.Server(one, logfile))
+            running.wait_ready()
+            shown.console.print(f"{model}: vLLM ready after {time.monotonic() - began:.0f} s")
+        urls = {name: one.url for name, one in launches.items()}
+        served = launches[BASELINE]
+        reader = steplog.Reader(log)
+        _measure(
+            urls, served.model, rounds, settings, journal, reader, deadline, keep_text, shown, bar
+        )
+        shown.update(bar, description=f"{model}: stopping the server")
+    shown.update(bar, description=f"{model}: done")
+    about = {"name": served.model, **bench.model_facts(folder)}
+    return about, {"command": list(served.command), "environment": dict(served.environment)}
+
+
+def on_running(
+    url: str,
+    model: str,
+    prompts: Sequence[Prompt],
+    settings: bench.Settings,
+    journal: bench.Journal,
+    shown: Progress,
+    minutes: float | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure on a server that runs elsewhere; returns as `serve_and_measure` does."""
+    rounds = bench.plan(model, prompts, settings)
+    bar = shown.add_task(model, total=None)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    nothing: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(())  # noqa: E731
+    _measure(
+        {BASELINE: url}, model, rounds, settings, journal, nothing, deadline, False, shown, bar
+    )
+    return {"name": model}, {"url": url}
+
+
+def _measure(
+    urls: Mapping[str, str],
+    model: str,
+    rounds: Sequence[Sequence[bench.Block]],
+    settings: bench.Settings,
+    journal: bench.Journal,
+    log: Callable[[], Iterator[Mapping[str, Any]]],
+    deadline: float | None,
+    keep_text: bool,
+    shown: Progress,
+    bar: TaskID,
+) -> None:
+    """Measure, and show how far it is."""
+    total = sum(len(blocks) for blocks in rounds)
+    shown.update(bar, description=f"{model}: warming up", total=total, completed=0)
+    sent = -1
+
+    def tell(block: bench.Block) -> None:
+        nonlocal sent
+        sent += 1
+        what = f"{block.requests[0].prompt.id} under {block.policy}"
+        shown.update(bar, description=f"{model}: {what[:36]:<36}", completed=sent)
+
+    bench.measure(
+        urls,
+        model,
+        rounds,
+        settings,
+        journal,
+        log=log,
+        deadline=deadline,
+        keep_text=keep_text,
+        tell=tell,
+    )
+    shown.update(bar, completed=sent + 1)
+
+
+def _chooses_drafter(flags: Sequence[str]) -> bool:
+    return "speculative-config" in launch.Flags(flags)
+
+
+def _without_speculation(flags: Sequence[str]) -> list[str]:
+    """Return the flags without the drafter's: for a server that does not speculate."""
+    kept: list[str] = []
+    skip = False
+    for flag in flags:
+        if skip:
+            skip = False
+        elif flag.partition("=")[0].replace("_", "-") in ("--speculative-config", "-sc"):
+            skip = "=" not in flag
+        else:
+            kept.append(flag)
+    return kept

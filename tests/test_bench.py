@@ -1,0 +1,526 @@
+"""Measuring: the plan, how measurements become numbers, and how results are kept."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecascade import bench, plots, results
+from moecascade.bench import Settings
+from moecascade.client import Reply
+from moecascade.errors import ConfigError
+from moecascade.rows import AtK, Row, tally
+from moecascade.rows import row as row_of
+from moecascade.summary import Pairs, best_static, cell_of, interval, summarise
+from moecascade.workloads import ALL, TASKS, Prompt, mix, own, read, workloads
+
+ROW = Row(
+    request="mc-00000000-00000",
+    model="local",
+    prompt="code-01",
+    task="code",
+    policy="off",
+    temperature=0.0,
+    concurrency=1,
+    block="mc-00000000-00000",
+    block_seconds=2.1,
+    place=0,
+    seed=0,
+    prompt_tokens=50,
+    tokens=101,
+    decoded=100,
+    first_seconds=0.1,
+    decode_seconds=2.0,
+    gaps=(0.02, 0.03, 0.04),
+    finish_reason="length",
+    steps=100,
+    emitted=100,
+    drafted=0,
+    k_total=0,
+    steps_at_0=100,
+    step_seconds=2.0,
+    by_k=(AtK(0, 100, 100, 2.0),),
+    text="...",
+)
+OURS = [prompt for task in TASKS for prompt in own(task)]
+
+
+def row(prompt: str, policy: str, tokens: int, seconds: float, **fields: Any) -> Row:
+    task = prompt.partition("-")[0]
+    fields = {"decoded": tokens, "decode_seconds": seconds, **fields}
+    return replace(ROW, prompt=prompt, task=task, policy=policy, **fields)
+
+
+def test_our_prompts_are_distinct_and_name_their_task():
+    assert len({p.id for p in OURS}) == len({p.prompt for p in OURS}) == len(OURS) == 48
+    assert all(p.id.startswith(f"{p.task}-") for p in OURS)
+
+
+def test_the_mix_alternates_between_the_tasks():
+    assert [p.task for p in mix(OURS, 2)] == [*TASKS] * 2
+
+
+def test_shares_are_equal_where_a_task_has_few_prompts():
+    few = [Prompt("a", "x", "?"), Prompt("b", "x", "!"), Prompt("c", "y", ".")]
+    assert [p.id for p in mix(few, 3)] == ["a", "c", "b", "c#2", "a#2", "c#3"]
+    assert [p.id for p in mix(few)] == ["a", "c", "b"]
+
+
+def test_three_tasks_make_the_seven_workloads_of_the_paper():
+    assert list(workloads(TASKS)) == [
+        "code",
+        "math",
+        "extraction",
+        "code+math",
+        "code+extraction",
+        "math+extraction",
+        "all",
+    ]
+    assert list(workloads(("code",))) == ["code"]
+    assert list(workloads(tuple("abcd"))) == ["a", "b", "c", "d", "all"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("own.jsonl", '{"id": "a", "task": "x", "prompt": "Hi"}\n', ("a", "x", "Hi")),
+        (
+            "question.jsonl",
+            '{"question_id": 81, "category": "qa", "turns": ["One?", "Two?"]}\n',
+            ("81", "qa", "One?"),
+        ),
+        ("gsm8k.jsonl", '{"question": "1+1?", "answer": "2"}\n', ("gsm8k-0", "math", "1+1?")),
+        (
+            "share.json",
+            '[{"id": "s", "conversations": [{"from": "human", "value": "Hi"}]}]',
+            ("s", "chat", "Hi"),
+        ),
+        ("notes.jsonl", '{"text": "Write."}\n\n', ("notes-0", "notes", "Write.")),
+    ],
+)
+def test_published_files_are_read_as_they_are(
+    tmp_path: Path, name: str, text: str, found: tuple[str, str, str]
+):
+    (tmp_path / name).write_text(text)
+    assert read([str(tmp_path / name)]) == [Prompt(*found)]
+
+
+def test_humaneval_is_asked_as_a_function_to_complete(tmp_path: Path):
+    line = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": ""}
+    (tmp_path / "h.jsonl").write_text(json.dumps(line) + "\n")
+    (prompt,) = read([str(tmp_path / "h.jsonl")])
+    assert (prompt.id, prompt.task) == ("HumanEval/0", "code")
+    assert "def f():" in prompt.prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"id": 1}\n', "no known form"),
+        ('{"prompt": " "}\n', "empty"),
+        ("3\n", "expected an object"),
+        ("", "no prompts"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "appeared before"),
+    ],
+)
+def test_bad_prompt_files_are_refused_with_the_place(tmp_path: Path, text: str, words: str):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read([str(tmp_path / "x.jsonl")])
+
+
+def test_a_missing_prompt_file_is_named():
+    with pytest.raises(ConfigError, match="'/nowhere'"):
+        read(["/nowhere"])
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_less_than_one_prompt_is_refused(number: int):
+    with pytest.raises(ConfigError, match="from 1"):
+        mix(OURS, number)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("policies", ("off", "statik:3"), "did you mean 'static'"),
+        ("policies", ("off", "off"), "only once"),
+        ("policies", (), "at least one"),
+        ("max_tokens", 1, "at least 2"),
+        ("temperatures", (-0.5,), "or more"),
+        ("concurrencies", (0,), "or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(field: str, value: object, words: str):
+    with pytest.raises(ConfigError, match=words):
+        Settings(**{field: value})  # type: ignore[arg-type]
+
+
+def test_the_baseline_is_always_measured():
+    assert Settings(policies=("static:2", "cascade")).measured == ("off", "static:2", "cascade")
+
+
+def test_the_drafter_drafts_as_far_as_the_longest_fixed_length():
+    assert Settings(policies=("off", "static:12")).max_k == 12
+    assert Settings(policies=("off", "static:2")).max_k == 8
+
+
+FIVE = Settings(policies=("off", "static:1", "static:3", "static:8", "cascade"))
+
+
+def planned(per_task: int, settings: Settings) -> list[bench.Block]:
+    rounds = bench.plan("local", mix(OURS, per_task), settings)
+    return [block for blocks in rounds for block in blocks]
+
+
+def test_every_prompt_runs_under_every_policy_once():
+    blocks = planned(4, FIVE)
+    pairs = Counter((r.prompt.id, block.policy) for block in blocks for r in block.requests)
+    assert len(pairs) == 12 * 5
+    assert set(pairs.values()) == {1}
+    assert len({block.id for block in blocks}) == len(blocks)
+
+
+def test_all_policies_on_a_prompt_share_its_seed():
+    seeds: dict[str, set[int]] = {}
+    for block in planned(2, replace(FIVE, seed=100)):
+        seeds.setdefault(block.requests[0].prompt.id, set()).add(block.requests[0].seed)
+    assert sorted(seeds.values(), key=min) == [{100 + i} for i in range(6)]
+
+
+def test_within_a_task_every_policy_takes_every_place_equally_often():
+    blocks = planned(10, FIVE)
+    for task in TASKS:
+        places = Counter((b.policy, b.place) for b in blocks if b.requests[0].prompt.task == task)
+        assert set(places.values()) == {2}  # 10 prompts, 5 places
+        assert len(places) == 25
+
+
+def test_conditions_take_turns_so_that_a_run_that_ends_early_has_some_of_each():
+    settings = replace(FIVE, temperatures=(0.0, 0.8), concurrencies=(1, 4))
+    rounds = bench.plan("local", mix(OURS, 8), settings)
+    begun = {(blocks[0].temperature, blocks[0].concurrency) for blocks in rounds[:4]}
+    assert len(begun) == 4
+    for blocks in rounds:
+        assert {b.policy for b in blocks} == set(FIVE.measured)
+        assert len({tuple(r.prompt.id for r in b.requests) for b in blocks}) == 1
+    assert {len(b.requests) for blocks in rounds for b in blocks} == {1, 8}
+
+
+def test_too_few_prompts_for_the_requests_in_flight_are_refused():
+    with pytest.raises(ConfigError, match="at least 16"):
+        bench.plan("local", mix(OURS, 2), replace(FIVE, concurrencies=(8,)))
+
+
+def test_the_same_plan_has_the_same_names_and_another_has_others():
+    first = [block.id for block in planned(2, FIVE)]
+    assert first == [block.id for block in planned(2, FIVE)]
+    assert not set(first) & {block.id for block in planned(2, replace(FIVE, max_tokens=9))}
+
+
+def test_a_journal_goes_on_where_it_was_interrupted(tmp_path: Path):
+    path = tmp_path / "new" / "rows.jsonl"
+    journal = bench.Journal(path, {"seed": 1})
+    journal.add([ROW, replace(ROW, request="mc-00000000-00001")])
+    journal.close()
+    with path.open("a") as file:
+        file.write('{"request": "cut sho')
+    again = bench.Journal(path, {"seed": 1})
+    assert again.done == {"mc-00000000-00000", "mc-00000000-00001"}
+    again.add([replace(ROW, request="mc-00000000-00002")])
+    again.close()
+    assert len(bench.Journal(path, {"seed": 1}).rows) == 3
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path: Path):
+    bench.Journal(tmp_path / "rows.jsonl", {"seed": 1}).close()
+    with pytest.raises(ConfigError, match="--fresh"):
+        bench.Journal(tmp_path / "rows.jsonl", {"seed": 2})
+
+
+def test_rows_come_back_from_json_as_they_were():
+    drawn = replace(ROW, series=((3, 2, 0.03, None), (0, 1, 0.02, 1.1)), accepted_at=(1,))
+    assert row_of(json.loads(json.dumps(asdict(drawn)))) == drawn
+
+
+def part(name: str, k: int, drafted: int, emitted: int) -> dict[str, object]:
+    return {"id": name, "policy": "x", "k": k, "drafted": drafted, "emitted": emitted}
+
+
+def test_the_step_log_is_joined_by_the_name_within_vllms_name():
+    log: list[dict[str, Any]] = [
+        {
+            "decode": False,
+            "seconds": 0.5,
+            "requests": [part("chatcmpl-mc-0a0b0c0d-00001-9f", 3, 0, 1)],
+        },
+        {
+            "decode": True,
+            "seconds": 0.1,
+            "requests": [part("chatcmpl-mc-0a0b0c0d-00001-9f", 3, 2, 3)],
+        },
+        {
+            "decode": True,
+            "seconds": 0.2,
+            "requests": [part("chatcmpl-mc-0a0b0c0d-00001-9f", 0, 0, 1)],
+        },
+        {
+            "decode": True,
+            "seconds": None,
+            "requests": [part("chatcmpl-mc-0a0b0c0d-00002-11", 1, 0, 1)],
+        },
+        {"decode": True, "seconds": 9.0, "requests": [part("chatcmpl-warm-up-off-11", 0, 0, 1)]},
+    ]
+    found = tally(log)
+    assert set(found) == {"mc-0a0b0c0d-00001", "mc-0a0b0c0d-00002"}
+    first = found["mc-0a0b0c0d-00001"].fields(keep_series=True)
+    assert (first["steps"], first["emitted"], first["drafted"]) == (2, 4, 2)
+    assert (first["k_total"], first["steps_at_0"]) == (3, 1)
+    assert first["step_seconds"] == pytest.approx(0.3)
+    assert first["by_k"] == (AtK(0, 1, 1, 0.2), AtK(2, 1, 3, 0.1))
+    assert first["drafted_at"] == first["accepted_at"] == (1, 1)
+    assert first["series"] == ((3, 3, 0.1, None), (0, 1, 0.2, None))
+    second = found["mc-0a0b0c0d-00002"].fields(keep_series=False)
+    assert second["step_seconds"] == 0
+    assert second["series"] == ()
+
+
+def test_what_a_policy_expected_stands_beside_what_came():
+    name = "chatcmpl-mc-0a0b0c0d-00001-9f"
+    log = [
+        {
+            "decode": True,
+            "seconds": seconds,
+            "controller": 0.001,
+            "requests": [
+                {**part(name, 2, 2, emitted), "expected_tokens": 2.0, "expected_seconds": 0.1}
+            ],
+        }
+        for seconds, emitted in ((0.1, 3), (0.08, 1), (0.2, 2))
+    ]
+    fields = tally(log)["mc-0a0b0c0d-00001"].fields(keep_series=False)
+    (at,) = fields["by_k"]
+    assert (at.emitted, at.expected_tokens) == (6, 6.0)
+    assert at.seconds_error == pytest.approx(0.25)  # of 0, 0.25 and 0.5
+    assert fields["controller_seconds"] == pytest.approx(0.003)
+    assert (fields["drafted_at"], fields["accepted_at"]) == ((3, 3), (2, 1))
+
+
+def test_tokens_of_the_first_message_are_not_counted_as_decoded():
+    block = planned(1, Settings(policies=("off",)))[0]
+    reply = Reply(
+        "a b c",
+        9,
+        tokens=10,
+        first_tokens=3,
+        first_seconds=1,
+        decode_seconds=0.7,
+        finish_reason="stop",
+        gaps=(0.3, 0.4),
+    )
+    (made,) = bench.rows_of("local", block, [reply], 1.7, {}, keep_text=False)
+    assert made.decoded == 7
+    assert made.seconds_per_token == pytest.approx(0.1)
+    assert made.gaps[0] == pytest.approx(0.35)
+    assert made.text == ""
+
+
+def test_speed_up_compares_the_time_for_equally_many_tokens():
+    # 0.02 s a token without, 0.01 s with speculation; that the second answer is short is no gain.
+    cells = summarise([row("code-1", "off", 100, 2.0), row("code-1", "cascade", 10, 0.1)])
+    assert cell_of(cells, "code", "cascade").speedup == pytest.approx(2.0)
+    assert cell_of(cells, "code", "off").speedup == pytest.approx(1.0)
+
+
+def test_long_answers_weigh_more_than_short_ones():
+    rows = [
+        row("code-1", "off", 100, 10.0),
+        row("code-2", "off", 10, 1.0),
+        row("code-1", "cascade", 100, 5.0),  # twice as fast for 10 s
+        row("code-2", "cascade", 10, 2.0),  # half as fast for 1 s
+    ]
+    cell = cell_of(summarise(rows), "code", "cascade")
+    assert cell.speedup == pytest.approx((10 + 1) / (5 + 2))
+    assert cell.worst == pytest.approx(0.5)
+    assert cell.each == pytest.approx((2.0, 0.5))
+    assert cell.tokens_per_second == pytest.approx(110 / 7)
+
+
+def test_the_mix_is_all_requests_together():
+    rows = [
+        row("code-1", "off", 10, 1.0),
+        row("math-1", "off", 10, 1.0),
+        row("code-1", "cascade", 10, 0.5),
+        row("math-1", "cascade", 10, 1.5),
+    ]
+    cells = summarise(rows)
+    assert [c.workload for c in cells] == ["code", "code", "math", "math", ALL, ALL]
+    assert cell_of(cells, ALL, "cascade").speedup == pytest.approx(1.0)
+
+
+def test_the_baseline_comes_first_whichever_was_measured_first():
+    rows = [row("code-1", "cascade", 10, 0.5), row("code-1", "off", 10, 1.0)]
+    assert [cell.policy for cell in summarise(rows)] == ["off", "cascade"]
+
+
+def test_step_numbers_are_means_over_steps_not_over_requests():
+    rows = [
+        row("code-1", "off", 10, 1.0),
+        row(
+            "code-1", "cascade", 10, 1.0, steps=8, emitted=20, drafted=16, k_total=24, steps_at_0=0
+        ),
+        row("code-2", "cascade", 10, 1.0, steps=2, emitted=2, drafted=0, k_total=0, steps_at_0=2),
+    ]
+    cell = cell_of(summarise(rows), "code", "cascade")
+    assert (cell.etr, cell.mean_k, cell.mean_drafted, cell.off_share) == (2.2, 2.4, 1.6, 0.2)
+
+
+def test_an_answer_of_one_token_has_no_speed():
+    rows = [row("code-1", "off", 0, 0.0), row("code-1", "cascade", 0, 0.0)]
+    cell = cell_of(summarise(rows), "code", "cascade")
+    assert cell.speedup is cell.low is cell.worst is cell.tokens_per_second is None
+
+
+def test_without_the_baseline_there_is_no_speed_up():
+    with pytest.raises(ConfigError, match="'off'"):
+        summarise([row("code-1", "cascade", 10, 1.0)])
+
+
+def test_the_interval_of_a_constant_ratio_is_a_point():
+    before = np.array([1.0, 5.0, 0.3])
+    pairs = Pairs(before, before / 1.25, ("a", "a", "a"))
+    assert interval(pairs) == pytest.approx((1.25, 1.25))
+    assert interval(Pairs(before[:1], before[:1], ("a",))) is None
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    random = np.random.default_rng(7)
+    covered = 0
+    for i in range(200):
+        before = random.uniform(1, 2, size=40)
+        after = before / 1.3 * random.lognormal(-0.02, 0.2, size=40)  # mean factor 1
+        ends = interval(Pairs(before, after, ("a",) * 40), seed=i)
+        assert ends is not None
+        covered += ends[0] <= 1.3 <= ends[1]
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_that_tasks_differ_does_not_widen_the_interval_of_their_mix():
+    before = np.ones(40)
+    after = np.array([0.5, 1.0] * 20)  # two tasks, each constant
+    mixed = interval(Pairs(before, after, ("a", "b") * 20))
+    assert mixed == pytest.approx((40 / 30, 40 / 30))
+
+
+def test_blocks_are_compared_by_their_own_time_and_all_their_tokens():
+    def two(policy: str, seconds: float) -> list[Row]:
+        fields = {"concurrency": 2, "block": policy, "block_seconds": seconds, "policy": policy}
+        return [
+            replace(ROW, prompt="code-1", tokens=30, **fields),  # type: ignore[arg-type]
+            replace(ROW, prompt="math-1", task="math", tokens=10, **fields),  # type: ignore[arg-type]
+        ]
+
+    cells = summarise([*two("off", 4.0), *two("cascade", 2.0)])
+    assert [c.workload for c in cells] == [ALL, ALL]
+    cell = cell_of(cells, ALL, "cascade")
+    assert cell.speedup == pytest.approx(2.0)
+    assert cell.tokens_per_second == pytest.approx(20.0)
+    assert cell.requests == 2
+
+
+def test_conditions_are_kept_apart():
+    rows = [row("code-1", "off", 10, 1.0), row("code-1", "cascade", 10, 0.5)]
+    rows += [replace(r, temperature=0.8, decode_seconds=1.0) for r in rows]
+    cells = summarise(rows)
+    found = {(c.temperature, c.policy): c.speedup for c in cells}
+    assert found[0.0, "cascade"] == pytest.approx(2.0)
+    assert found[0.8, "cascade"] == pytest.approx(1.0)
+
+
+def test_too_wide_an_interval_says_that_it_cannot_tell():
+    rows = [row(f"code-{i}", "off", 10, 1.0) for i in range(8)]
+    rows += [row(f"code-{i}", "a", 10, 0.5 if i % 2 else 1.6) for i in range(8)]
+    rows += [row(f"code-{i}", "b", 10, 0.8) for i in range(8)]
+    rows += [row(f"code-{i}", "c", 10, 1.2) for i in range(8)]
+    cells = summarise(rows)
+    found = {policy: cell_of(cells, "code", policy).verdict for policy in "abc"}
+    assert found == {"a": "cannot tell", "b": "faster", "c": "slower"}
+
+
+def test_any_policy_can_be_the_one_to_compare_with():
+    rows = [row("code-1", "static:3", 10, 1.0), row("code-1", "cascade", 10, 0.8)]
+    cell = cell_of(summarise(rows, baseline="static:3"), "code", "cascade")
+    assert cell.speedup == pytest.approx(1.25)
+
+
+def test_the_best_fixed_k_is_known_in_hindsight():
+    rows = [row("code-1", "off", 10, 1.0), row("code-1", "cascade", 10, 0.1)]
+    rows += [row("code-1", f"static:{k}", 10, abs(k - 3) + 0.5) for k in (1, 3, 8)]
+    best = best_static(summarise(rows))
+    assert best is not None
+    assert best.policy == "static:3"
+    assert best_static([]) is None
+
+
+def kept(**fields: object) -> results.Results:
+    parts = {"arguments": {}, "models": [], "servers": [], "rows": [], "summary": [], **fields}
+    return results.collect("demo", **parts)  # type: ignore[arg-type]
+
+
+def test_results_are_read_back_as_they_were_written(tmp_path):
+    made = kept(arguments={"seed": 3}, rows=[results.plain(ROW)])
+    results.write(tmp_path / "new" / "demo.json", made)
+    assert results.read(tmp_path / "new" / "demo.json") == made
+
+
+def test_results_say_where_they_come_from():
+    made = kept()
+    assert made.schema == "moecascade.results/1"
+    assert made.machine["cores"] >= 1
+    assert {"python", "numpy"} <= set(made.versions)
+    assert made.created.endswith("+00:00")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "demo.json"
+    results.write(path, kept(arguments={"seed": 1}))
+    with pytest.raises(ValueError, match="JSON"):
+        results.write(path, kept(arguments={"seed": float("nan")}))
+    assert results.read(path).arguments == {"seed": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["demo.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("not json", "not JSON"),
+        (json.dumps({"schema": "moecascade.results/0"}), "moecascade.results/0"),
+        (json.dumps([1]), "schema is None"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, text: str, words: str):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        results.read(path)
+
+
+def test_a_missing_results_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.json: no such file"):
+        results.read(tmp_path / "gone.json")
+
+
+def test_the_plot_is_drawn_with_missing_values_left_out(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    rows = [row("code-1", "off", 10, 1.0), row("math-1", "off", 0, 0.0)]
+    rows += [row("code-1", "static:3", 10, 0.5), row("math-1", "static:3", 0, 0.0)]
+    path = tmp_path / "plots" / "demo.png"
+    plots.speedups(summarise(rows), path, "Title", "Caption")
+    pixels = image.imread(path)
+    assert pixels.shape[1] > pixels.shape[0] > 500
+    assert pixels.std() > 0.05  # something is on it
