@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from moecascade import launch, policies
 from moecascade.client import Reply, chat
 from moecascade.errors import ConfigError
-from moecascade.rows import BASELINE, PLAIN, Row, Steps, row
+from moecascade.rows import BASELINE, PLAIN, Row, Steps, from_json, tally
 from moecascade.workloads import Prompt
 
 if TYPE_CHECKING:
@@ -187,7 +188,11 @@ async def warm_up(servers: Mapping[str, httpx.AsyncClient], model: str, settings
 
 
 async def send(
-    servers: Mapping[str, httpx.AsyncClient], model: str, block: Block, settings: Settings
+    servers: Mapping[str, httpx.AsyncClient],
+    model: str,
+    block: Block,
+    settings: Settings,
+    tell: Callable[[Request], None] = lambda _request: None,
 ) -> tuple[list[Reply], float]:
     """Send a block and return its answers and the seconds from its beginning to its end.
 
@@ -197,6 +202,7 @@ async def send(
         model: The name under which they serve the model.
         block: What to send.
         settings: Length of answers.
+        tell: Called with each request whose answer is whole.
 
     Raises:
         SetupError: The server refuses a request or fails.
@@ -205,7 +211,7 @@ async def send(
 
     async def one(request: Request) -> Reply:
         async with gate:
-            return await chat(
+            reply = await chat(
                 _client(servers, block.policy),
                 model,
                 request.prompt.prompt,
@@ -216,10 +222,19 @@ async def send(
                 ignore_eos=settings.ignore_eos,
                 xargs=_xargs(block.policy, request.prompt.task),
             )
+            tell(request)
+            return reply
 
     began = time.perf_counter()
     replies = await asyncio.gather(*(one(request) for request in block.requests))
     return list(replies), time.perf_counter() - began
+
+
+def client(url: str) -> httpx.AsyncClient:
+    """Return a client for a server; answers may take ten minutes."""
+    import httpx
+
+    return httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600.0))
 
 
 def _client(servers: Mapping[str, httpx.AsyncClient], spec: str) -> httpx.AsyncClient:
@@ -297,7 +312,7 @@ class Journal:
                 f"{path} is of a run that measures something else; choose another folder with "
                 "--out, or begin anew with --fresh"
             )
-        self.rows = [row(json.loads(line)) for line in whole[1:]]
+        self.rows = [from_json(json.loads(line)) for line in whole[1:]]
         text = "".join(whole) or head + "\n"
         if text != "".join(lines):
             path.write_text(text, encoding="utf-8")
@@ -361,16 +376,11 @@ async def _measure(
     keep_text: bool,
     tell: Callable[[Block], None],
 ) -> None:
-    import httpx
-
-    from moecascade.rows import tally
-
     done = journal.done
-    clients = {
-        name: httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600.0))
-        for name, url in servers.items()
-    }
-    try:
+    async with AsyncExitStack() as stack:
+        clients = {
+            name: await stack.enter_async_context(client(url)) for name, url in servers.items()
+        }
         await warm_up(clients, model, settings)
         for blocks in rounds:
             if deadline is not None and time.monotonic() > deadline:
@@ -382,9 +392,6 @@ async def _measure(
                 replies, seconds = await send(clients, model, block, settings)
                 steps = tally(log())
                 journal.add(rows_of(model, block, replies, seconds, steps, keep_text))
-    finally:
-        for client in clients.values():
-            await client.aclose()
 
 
 def model_facts(folder: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def expert_union(positions: Number, experts: int, top_k: int) -> Number:
 
     ``E * (1 - (1 - k/E)**n)`` for E experts, k of them for a token, routed independently.
     """
-    missed = (1.0 - top_k / experts) ** positions
+    missed: Number = (1.0 - top_k / experts) ** positions
     return experts * (1.0 - missed)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAFTS = 4  # that are remembered of a request
-STATES = 3**DRAFTS
+STATES: int = 3**DRAFTS
 FIRST = 0  # state of a request that has had no draft yet: as if none had been right
 
 EVERY = 8  # steps from one renewal of the table to the next
@@ -63,7 +63,8 @@ class History:
             right += 1
         else:
             self._cut[state * self._width + right] += 1.0
-        return (3 * state + (0 if right == 0 else 1 if right < 3 else 2)) % STATES
+        outcome = 0 if right == 0 else 1 if right < 3 else 2
+        return (3 * state + outcome) % STATES
 
     def step(self) -> None:
         """Count a step: now and then the table follows what was learnt."""

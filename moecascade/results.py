@@ -13,9 +13,7 @@ could be computed again. What they hold is written down in `moecascade.rows` and
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +22,7 @@ from typing import Any
 
 from moecascade import machine
 from moecascade.errors import ConfigError
+from moecascade.files import write_whole
 from moecascade.settings import from_mapping
 
 SCHEMA = "moecascade.results/1"
@@ -121,20 +120,9 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def write(path: Path, results: Results) -> None:
     """Write `results` as JSON. The file appears whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {"schema": results.schema, **asdict(results)}  # first, for who looks at the head
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink()
-        raise
+    write_whole(path, text)
 
 
 def read(path: Path) -> Results:

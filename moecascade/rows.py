@@ -77,7 +77,7 @@ class Row:
         by_k: The steps by drafts verified.
         accepted_at: How often the first, second, ... token of a draft was accepted, and
         drafted_at: how often it was verified.
-        series: Each step's (K, tokens, seconds, utility or None); kept of few requests, to be drawn.
+        series: Each step's (K, tokens, seconds, utility or None); of few requests, to be drawn.
         text: What the model wrote; kept where results are small.
     """
 
@@ -123,7 +123,7 @@ class Row:
         return self.emitted / self.steps
 
 
-def row(values: Mapping[str, Any]) -> Row:
+def from_json(values: Mapping[str, Any]) -> Row:
     """Return the row that JSON gave back as a mapping; TypeError where it is none."""
     return Row(
         **{

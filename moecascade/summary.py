@@ -30,6 +30,21 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """A model, a temperature and a concurrency: what policies are compared under."""
+
+    model: str
+    temperature: float
+    concurrency: int
+
+    @property
+    def title(self) -> str:
+        """The condition in a few words."""
+        flight = "" if self.concurrency == 1 else f", {self.concurrency} requests in flight"
+        return f"{self.model}, temperature {self.temperature:g}{flight}"
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """A policy on a workload under one condition. None where nothing was measured that would tell.
 
@@ -52,7 +67,7 @@ class Cell:
         mean_drafted: Mean of the draft tokens verified in a step; drafters may have fewer than K.
         off_share: Share of steps at K = 0.
         first_seconds: Median time to the first token (TTFT).
-        gaps: Medians over requests of the median, 95th and 99th percentile of time between messages.
+        gaps: Medians over requests of the percentiles in `Row.gaps`.
         controller: Seconds a step that policies took.
     """
 
@@ -77,6 +92,11 @@ class Cell:
     controller: float | None
 
     @property
+    def condition(self) -> Condition:
+        """What it was measured under."""
+        return Condition(self.model, self.temperature, self.concurrency)
+
+    @property
     def verdict(self) -> str:
         """What may be said of it against the baseline: faster, slower, or "cannot tell"."""
         if self.low is None or self.high is None:
@@ -92,15 +112,6 @@ class Unit:
     task: str
     tokens: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """A model, a temperature and a concurrency: what policies are compared under."""
-
-    model: str
-    temperature: float
-    concurrency: int
 
 
 def condition_of(row: Row) -> Condition:

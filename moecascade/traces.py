@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from moecascade.errors import ConfigError
 from moecascade.steps import Step
 
-KEYS = ("id", "task", "prompt_token_ids", "output_token_ids")
+FORM = "a line is a JSON object with id, task, prompt_token_ids, output_token_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,28 @@ class Trace:
     output: tuple[int, ...]
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects in a file of JSON Lines, each with the number of its line.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not a trace ({error}); {FORM}") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {number}: not a trace ({row!r:.40}); {FORM}")
+        yield number, row
+
+
 def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
     """Yield the requests of trace files, without those that say nothing.
 
@@ -48,20 +70,13 @@ def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
         ConfigError: A file cannot be read, or a line is not a trace; names file and line.
     """
     for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, row in read_lines(path):
+            if row.get("output_token_ids", row) is None:
+                raise ConfigError(
+                    f"{path}, line {number}: recorded without token ids, so it cannot be "
+                    "replayed; record with trace_tokens on, or with 'moecascade record'"
+                )
             try:
-                row = json.loads(line)
-                if isinstance(row, dict) and row.get("output_token_ids", row) is None:
-                    raise ConfigError(
-                        f"{path}, line {number}: recorded without token ids, so it cannot be "
-                        "replayed; record with trace_tokens on, or with 'moecascade record'"
-                    )
                 trace = Trace(
                     str(row["id"]),
                     str(row["task"]),
@@ -70,8 +85,7 @@ def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
                 )
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{path}, line {number}: not a trace ({error!r}); "
-                    f"a line is a JSON object with {', '.join(KEYS)}"
+                    f"{path}, line {number}: not a trace ({error!r}); {FORM}"
                 ) from None
             if trace.output:
                 yield trace

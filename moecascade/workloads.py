@@ -117,7 +117,7 @@ def workloads(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
     Each task alone; of up to three tasks also every equal mix (the paper's seven workloads); else
     the mix of all.
     """
-    single = {task: (task,) for task in tasks}
+    single: dict[str, tuple[str, ...]] = {task: (task,) for task in tasks}
     if len(tasks) < 2:
         return single
     pairs = {"+".join(pair): pair for pair in combinations(tasks, 2)} if len(tasks) == 3 else {}

@@ -130,7 +130,13 @@ def make_engine(step_log: Path, speculative: Mapping[str, Any], **settings: Any)
         "disable_log_stats": True,
         "scheduler_cls": "moecascade.vllm.Scheduler",
         "speculative_config": {"num_speculative_tokens": MAX_K, **speculative},
-        "additional_config": {"cascade": {"step_log": str(step_log)}},
+        "additional_config": {
+            "cascade": {
+                "step_log": str(step_log),
+                "trace_log": str(step_log.with_name("traces.jsonl")),
+                "trace_tokens": True,
+            }
+        },
         **settings,
     }
     with second_engine():

@@ -13,8 +13,7 @@ from moecascade import bench, plots, results
 from moecascade.bench import Settings
 from moecascade.client import Reply
 from moecascade.errors import ConfigError
-from moecascade.rows import AtK, Row, tally
-from moecascade.rows import row as row_of
+from moecascade.rows import AtK, Row, from_json, tally
 from moecascade.summary import Pairs, best_static, cell_of, interval, summarise
 from moecascade.workloads import ALL, TASKS, Prompt, mix, own, read, workloads
 
@@ -245,7 +244,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path):
 
 def test_rows_come_back_from_json_as_they_were():
     drawn = replace(ROW, series=((3, 2, 0.03, None), (0, 1, 0.02, 1.1)), accepted_at=(1,))
-    assert row_of(json.loads(json.dumps(asdict(drawn)))) == drawn
+    assert from_json(json.loads(json.dumps(asdict(drawn)))) == drawn
 
 
 def part(name: str, k: int, drafted: int, emitted: int) -> dict[str, object]:

@@ -40,7 +40,9 @@ def test_the_first_screen_names_what_a_newcomer_needs():
         assert line in answer.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "doctor", "model"])
+@pytest.mark.parametrize(
+    "command", ["serve", "demo", "bench", "record", "replay", "report", "doctor", "model"]
+)
 def test_every_commands_help_has_an_example(command: str):
     answer = moecascade(command, "--help")
     assert answer.returncode == 0
@@ -77,7 +79,16 @@ def folder(tmp_path: Path) -> str:
         ("serve FOLDER --port 70000", ["port 70000"]),
         ("serve FOLDER --config gone.yaml", ["gone.yaml"]),
         ("demo --policies off,fast", ["'fast'", "allowed"]),
-        ("demo --prompts-per-task 99", ["99", "from 1 to 16"]),
+        ("demo --prompts-per-task 0", ["0 prompts", "from 1"]),
+        ("bench --policies off,cascade[backof=1]", ["'backof'", "did you mean 'backoff'"]),
+        ("bench --policies off,cascade[backoff", ["cascade[name=number,...]"]),
+        ("bench --temperatures cold", ["'cold'", "numbers"]),
+        ("bench --concurrency 0", ["concurrency 0"]),
+        ("bench --prompts gone.jsonl", ["'gone.jsonl'", "hf:NAME"]),
+        ("bench --models local,local", ["'local,local'", "only once"]),
+        ("bench --url http://localhost:1 --policies vllm,off", ["--url", "'vllm'"]),
+        ("record --out x/y.jsonl --policy fast", ["'fast'"]),
+        ("report gone", ["gone"]),
         ("demo --out /dev/null/x", ["'/dev/null/x'", "--out"]),
         ("model nothing", ["'nothing'"]),
         ("demo --no-such-option", ["--no-such-option"]),

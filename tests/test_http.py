@@ -39,6 +39,8 @@ def client() -> TestClient:
         ({"cascade_policy": "static:9"}, "from 0 to 8"),
         ({"cascade_max_k": 99}, "from 0 to 8"),
         ({"cascade_kmax": 3}, "did you mean 'cascade_max_k'"),
+        ({"cascade_task": 3}, "must be a text"),
+        ({"cascade_policy": "cascade[set_steps=0]"}, "at least 1"),
     ],
 )
 def test_bad_options_are_answered_with_400(client: TestClient, xargs: Any, word: str) -> None:

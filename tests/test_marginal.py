@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from itertools import pairwise, product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moecascade.acceptance import Acceptance, Record
 from moecascade.context import PLACES, REACH, Text
-from moecascade.costmodel import CostModel, expert_union
+from moecascade.costmodel import EXACT, CostModel, expert_union
+from moecascade.history import FIRST, History
 from moecascade.policies import create
 from moecascade.policies.marginal import Marginal
 from moecascade.steps import Proposal, RequestStep, Step
@@ -107,6 +109,29 @@ def test_the_cost_model_learns_a_curve_through_noise_and_pauses() -> None:
         assert model.cost(1, k) == pytest.approx(cost, rel=0.06)
 
 
+def test_the_cost_model_reaches_large_batches_with_bounded_memory() -> None:
+    """Every number of positions is served; beyond `EXACT` near ones share what they learn."""
+    model = CostModel()
+    for positions in range(1, 2305):
+        model.observe(positions, 0.01 + 0.00001 * positions)
+    assert len(model._ratio) < EXACT + 16 * 7
+    costs = model.costs(256, 2048)
+    assert len(costs) >= 2049
+    assert costs[0] == 1
+    for drafts in (1, 10, 100, 1000, 2048):
+        truth = (0.01 + 0.00001 * (256 + drafts)) / (0.01 + 0.00001 * 256)
+        assert costs[drafts] == pytest.approx(truth, rel=0.03)
+    assert model.cost(256, 100) == costs[100]
+
+
+def test_the_seconds_of_a_step_are_known_once_there_was_one() -> None:
+    model = CostModel()
+    assert model.seconds(1) is None
+    for _ in range(20):
+        model.observe(1, 0.02)
+    assert model.seconds(1) == pytest.approx(0.02, rel=0.01)
+
+
 def test_the_cost_model_follows_a_change_and_a_slower_machine() -> None:
     rng = random.Random(1)
     model = CostModel()
@@ -148,6 +173,75 @@ def test_slots_are_admitted_as_by_trying_every_allocation(chances: list[list[flo
 
     best = max(surplus(ks) for ks in product(*(range(len(row) + 1) for row in chances)))
     assert surplus(tuple(found.values())) == pytest.approx(best)
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(0.0, 1.0), max_size=3).map(lambda s: sorted(s, reverse=True)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_a_crowd_is_served_as_by_trying_every_allocation(chances: list[list[float]]) -> None:
+    policy = create("marginal", 3, {"crowd": 0})
+    assert isinstance(policy, Marginal)
+    policy._history = History(3)
+    rows = [row + [0.0] * (3 - len(row)) for row in chances]
+    policy._history.survival = lambda _states: np.array(rows)  # type: ignore[assignment,method-assign]
+    named = {f"r{i}": row for i, row in enumerate(chances)}
+    for request_id in named:
+        policy.add(request_id, 8)
+    decisions = policy.decide([Proposal(r, [0] * len(named[r])) for r in named])
+    n, price = len(named), policy._batch_rate.value
+
+    def surplus(ks: tuple[int, ...]) -> float:
+        worth = sum(sum(row[:k]) for row, k in zip(chances, ks, strict=True)) / price
+        return worth - n * (policy._costs.cost(n, sum(ks)) - 1.0)
+
+    best = max(surplus(ks) for ks in product(*(range(len(row) + 1) for row in chances)))
+    assert all(d.k <= len(named[d.request_id]) for d in decisions)
+    assert surplus(tuple(d.k for d in decisions)) == pytest.approx(best)
+
+
+def test_history_tells_requests_apart_by_how_their_drafts_fared() -> None:
+    history = History(4)
+    states = {"copies": FIRST, "invents": FIRST}
+    for _ in range(200):
+        states["copies"] = history.learn(states["copies"], [1, 2, 3, 4], [1, 2, 3, 4, 5])
+        states["invents"] = history.learn(states["invents"], [1, 2, 3, 4], [9])
+        history.step()
+    copies, invents = history.survival([states["copies"], states["invents"]])
+    assert copies[0] > 0.9
+    assert copies[3] > 0.8
+    assert invents[0] < 0.1
+    assert all(b <= a for row in (copies, invents) for a, b in pairwise(row))
+
+
+def test_a_draft_cut_short_says_nothing_of_the_tokens_not_seen() -> None:
+    history = History(2)
+    for _ in range(800):
+        history.learn(FIRST, [1, 2], [1])  # the first was right; the second was never compared
+        history.step()
+    (survival,) = history.survival([FIRST])
+    assert survival[0] > 0.95
+    assert survival[1] / survival[0] == pytest.approx(0.7, abs=0.01)  # as before anything is known
+
+
+def test_a_crowd_that_thins_out_is_judged_by_its_text_again() -> None:
+    """What was generated in the crowd is in the text that is read then."""
+    policy = create("marginal", 4, {"crowd": 1})
+    assert isinstance(policy, Marginal)
+    policy.add("a", 4, [1, 2, 3])
+    policy.add("b", 4, [7, 8, 9])
+    for token in range(20, 40):
+        proposals = [Proposal("a", [token, 0]), Proposal("b", [5, 5])]
+        ks = {d.request_id: d.k for d in policy.decide(proposals)}
+        parts = (RequestStep("a", ks["a"], 1, [token]), RequestStep("b", ks["b"], 1, [token]))
+        policy.observe(Step(0.02, True, parts))
+    policy.drop("b")
+    policy.decide([Proposal("a", [40])])
+    assert len(policy._requests["a"].record.text) == 3 + 20
+    assert policy._requests["a"].record.unread == []
 
 
 def test_a_request_that_has_lost_has_to_be_surer() -> None:

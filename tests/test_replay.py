@@ -14,6 +14,7 @@ import pytest
 from moecascade import replay, traces
 from moecascade.errors import ConfigError
 from moecascade.replay import Conditions, play, summarise
+from moecascade.steps import RequestStep, Step
 from moecascade.traces import Trace
 
 MIXTRAL_LIKE = [1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8]
@@ -184,3 +185,42 @@ def test_traces_are_read_with_blank_lines_and_extra_keys(tmp_path: Path) -> None
     empty = {**row, "output_token_ids": []}
     path.write_text(f"\n{json.dumps(row)}\n{json.dumps(empty)}\n")
     assert list(traces.read([path])) == [Trace("7", "x", (1,), (2, 3))]
+
+
+def logged(path: Path, *, tokens: bool) -> list[dict[str, object]]:
+    """Two requests served at once, one of them aborted; return their traces."""
+    log = traces.TraceLog(path, tokens)
+    log.begin("a", "code", (1, 2, 3))
+    log.begin("b", "", (4,))
+    first = (RequestStep("a", 0, 1, [5]), RequestStep("b", 0, 0), RequestStep("other", 0, 1, [9]))
+    log.step(Step(None, False, first))
+    log.step(Step(0.03, True, (RequestStep("a", 3, 2, [6, 7]), RequestStep("b", 0, 1, [8]))))
+    log.end("a")
+    log.end("b")
+    log.end("never-begun")
+    log.close()
+    return [row for _, row in traces.read_lines(path)]
+
+
+def test_live_traffic_becomes_traces_that_can_be_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "traces.jsonl"
+    first, second = logged(path, tokens=True)
+    assert first["steps"] == [
+        {"drafted": 0, "emitted": 1, "seconds": None},
+        {"drafted": 3, "emitted": 2, "seconds": 0.03},
+    ]
+    assert second["output_tokens"] == 1
+    assert list(traces.read([path])) == [
+        Trace("a", "code", (1, 2, 3), (5, 6, 7)),
+        Trace("b", "", (4,), (8,)),
+    ]
+
+
+def test_what_was_said_is_kept_only_where_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    first, _ = logged(path, tokens=False)
+    assert (first["prompt_tokens"], first["output_tokens"]) == (3, 3)
+    assert first["prompt_token_ids"] is first["output_token_ids"] is None
+    assert "[5" not in path.read_text()
+    with pytest.raises(ConfigError, match="trace_tokens"):
+        list(traces.read([path]))

@@ -16,11 +16,13 @@ import httpx
 import psutil
 import pytest
 
-from moecascade import demo, launch, localmodel, prompts, server, steplog
+from moecascade import bench, launch, localmodel, server, steplog
 from moecascade.client import chat
 from moecascade.errors import SetupError
 from moecascade.launch import Launch
 from moecascade.server import Server
+from moecascade.summary import summarise
+from moecascade.workloads import ALL, TASKS, mix, own
 
 PATIENCE = 60.0
 QUICK = (
@@ -247,13 +249,14 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Pat
 
 
 @pytest.mark.engine
-def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path]):
+def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tmp_path: Path):
     running, log = vllm
-    settings = demo.Settings(("off", "static:3", "cascade"), prompts_per_task=1, max_tokens=32)
-    plan = demo.plan(prompts.mix(1), settings)
-    answers = asyncio.run(demo.measure(running.launch.url, running.launch.model, plan, settings))
-    wait_until(lambda: len(demo.tally(steplog.read(log))) == len(plan))
-    rows = demo.rows(answers, demo.tally(steplog.read(log)))
+    settings = bench.Settings(("off", "static:3", "cascade"), max_tokens=32)
+    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 1), settings)
+    journal = bench.Journal(tmp_path / "rows.jsonl", {})
+    url, name = running.launch.url, running.launch.model
+    bench.measure({"off": url}, name, rounds, settings, journal, log=steplog.Reader(log))
+    rows = journal.rows
     assert len(rows) == 9
     for row in rows:
         # The first token comes from the prompt's own pass, which is no decode step.
@@ -266,7 +269,28 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path]):
             assert row.steps_at_0 == row.steps == row.emitted
         if row.policy == "static:3":
             assert row.k_total == 3 * row.steps
+        assert sum(at.steps for at in row.by_k) == row.steps == len(row.series)
     assert sum(row.drafted for row in rows) > 0
+    # What has been measured is not measured again.
+    bench.measure({"off": url}, name, rounds, settings, journal)
+    assert len(journal.rows) == 9
+
+
+@pytest.mark.engine
+def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: Path):
+    running, log = vllm
+    settings = bench.Settings(("off", "marginal"), concurrencies=(2,), max_tokens=16)
+    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 2)[:4], settings)
+    journal = bench.Journal(tmp_path / "rows.jsonl", {})
+    reader = steplog.Reader(log)
+    list(reader())  # what other tests left
+    url, name = running.launch.url, running.launch.model
+    bench.measure({"off": url}, name, rounds, settings, journal, log=reader)
+    assert len(journal.rows) == 8
+    assert len({row.block for row in journal.rows}) == 2
+    cells = summarise(journal.rows)
+    assert {cell.workload for cell in cells} == {ALL}
+    assert all(row.emitted + 1 == row.tokens for row in journal.rows)
 
 
 @pytest.mark.engine
@@ -291,7 +315,7 @@ def test_a_bad_request_option_is_the_servers_400_with_our_words(vllm: tuple[Serv
 @pytest.mark.engine
 @pytest.mark.parametrize("moment", ["start-up", "measuring"])
 def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path, mark: str, moment: str):
-    log = tmp_path / "server.log"
+    log = tmp_path / "server-local-off.log"
     arguments = ["demo", "--out", str(tmp_path), "--policies", "off,cascade"]
     with subprocess.Popen(
         [sys.executable, "-m", "moecascade", *arguments],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from moecascade import policies
+from moecascade import policies, traces
 from moecascade.policies import register
 from moecascade.steps import Decision, Proposal, Step
 from tests.conftest import MAX_K, Engine
@@ -112,7 +113,7 @@ def policy(spec: str, **more: Any) -> dict[str, Any]:
 def test_greedy_output_is_the_same_under_every_policy(engine: Engine) -> None:
     reference = engine.generate(PROMPTS, policy("off"))
     drafted = {}
-    for spec in ("static:3", "cascade", "marginal", "random"):
+    for spec in ("static:3", "cascade", "marginal", "marginal[crowd=2]", "random"):
         outputs, steps = engine.generate_logged(PROMPTS, policy(spec))
         assert outputs == reference, spec
         drafted[spec] = {r["drafted"] for step in steps for r in step["requests"]}
@@ -262,3 +263,32 @@ def test_a_model_drafter_drafts_no_further_than_wanted(draft_model_engine: Engin
     finally:
         del scheduler.schedule
     assert MAX_K > 2
+
+
+def test_traces_hold_what_was_said_and_how_it_was_made(engine: Engine) -> None:
+    path = engine.step_log.with_name("traces.jsonl")
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    outputs, steps = engine.generate_logged(PROMPTS[:2], policy("static:3", cascade_task="copy"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()[before:]]
+    assert sorted(row["output_token_ids"] for row in rows) == sorted(outputs)
+    assert {row["task"] for row in rows} == {"copy"}
+    drafted = sum(step["drafted"] for row in rows for step in row["steps"])
+    assert drafted == sum(part["drafted"] for step in steps for part in step["requests"]) > 0
+    found = list(traces.read([path]))[before:]
+    assert sorted(list(trace.output) for trace in found) == sorted(outputs)
+
+
+def test_the_models_experts_are_known_to_policies_that_ask(engine: Engine) -> None:
+    engine.generate(PROMPTS[:1], policy("marginal"), max_tokens=2)
+    group = engine.scheduler.controller._groups["marginal"]
+    assert (group.policy._settings.experts, group.policy._settings.top_k) == (8, 2)
+
+
+def test_the_log_says_what_was_expected_and_what_deciding_took(engine: Engine) -> None:
+    _, steps = engine.generate_logged(PROMPTS[:1], policy("marginal"))
+    decode = [step for step in steps if step["decode"]][1:]
+    assert all(0 < step["controller"] < 1 for step in decode)
+    parts = [part for step in decode for part in step["requests"]]
+    assert all(part["expected_tokens"] >= 1 for part in parts)
+    assert all(part["utility"] > 0 for part in parts)
+    assert all(part["expected_seconds"] > 0 for part in parts)

@@ -12,7 +12,9 @@ from moecascade.cli.bench import bench
 from moecascade.cli.demo import demo
 from moecascade.cli.doctor import doctor
 from moecascade.cli.model import model
+from moecascade.cli.record import record
 from moecascade.cli.replay import replay
+from moecascade.cli.report import report
 from moecascade.cli.serve import serve
 from moecascade.errors import CascadeError
 
@@ -60,7 +62,9 @@ app.command()(demo)
 app.command(context_settings=serve_settings)(bench)
 app.command()(doctor)
 app.command()(model)
+app.command(context_settings=serve_settings)(record)
 app.command(no_args_is_help=True)(replay)
+app.command(no_args_is_help=True)(report)
 
 
 def run() -> None:

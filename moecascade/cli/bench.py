@@ -15,7 +15,7 @@ from moecascade.cli import measure
 from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
 from moecascade.rows import PLAIN
-from moecascade.summary import Condition, condition_of, summarise
+from moecascade.summary import condition_of, summarise
 from moecascade.vllm import compat
 
 DEFAULTS = measuring.Settings()
@@ -195,9 +195,4 @@ def _print(journal: measuring.Journal) -> None:
     console = Console()
     for condition in dict.fromkeys(condition_of(row) for row in journal.rows):
         rows = [row for row in journal.rows if condition_of(row) == condition]
-        console.print(table(summarise(rows), _title(condition), ""))
-
-
-def _title(condition: Condition) -> str:
-    flight = "one request" if condition.concurrency == 1 else f"{condition.concurrency} requests"
-    return f"{condition.model}, temperature {condition.temperature:g}, {flight} in flight"
+        console.print(table(summarise(rows), condition.title, ""))

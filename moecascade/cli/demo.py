@@ -16,7 +16,7 @@ from moecascade.cli import measure
 from moecascade.rows import BASELINE
 from moecascade.summary import Cell, summarise
 from moecascade.vllm import compat
-from moecascade.workloads import ALL, TASKS, mix, own, workloads
+from moecascade.workloads import ALL, TASKS, mix, own
 
 DEFAULTS = bench.Settings(
     policies=("off", "static:1", "static:3", "static:8", "cascade", "marginal"), max_tokens=96

@@ -1,4 +1,4 @@
-"""Serving a model and measuring on it, with what a person sees meanwhile; `demo` and `bench` share it."""
+"""Serving a model and measuring on it, with what a person sees meanwhile: for all that measure."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def on_running(
     rounds = bench.plan(model, prompts, settings)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    nothing: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(())  # noqa: E731
+    nothing: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(())
     _measure(
         {BASELINE: url}, model, rounds, settings, journal, nothing, deadline, False, shown, bar
     )

@@ -16,11 +16,17 @@ from dataclasses import fields
 from typing import Any
 
 from moecascade.errors import ConfigError, nearest
+from moecascade.policies.bandit import Bandit
 from moecascade.policies.base import Policy
 from moecascade.policies.cascade import Cascade
+from moecascade.policies.dynamic_table import DynamicTable
+from moecascade.policies.goodput import Goodput
+from moecascade.policies.huggingface import HuggingFace
 from moecascade.policies.marginal import Marginal
 from moecascade.policies.off import Off
+from moecascade.policies.sglang_adaptive import SglangAdaptive
 from moecascade.policies.static import Static
+from moecascade.policies.survival_budget import SurvivalBudget
 from moecascade.settings import from_mapping
 
 _REGISTRY: dict[str, type[Policy]] = {}
@@ -35,7 +41,18 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-for _policy in (Off, Static, Cascade, Marginal):
+OURS: tuple[type[Policy], ...] = (Off, Static, Cascade, Marginal)
+PEERS: tuple[type[Policy], ...] = (
+    SglangAdaptive,
+    DynamicTable,
+    HuggingFace,
+    Goodput,
+    Bandit,
+    SurvivalBudget,
+)
+"""What others use, to compare with."""
+
+for _policy in (*OURS, *PEERS):
     register(_policy)
 
 

@@ -1,0 +1,251 @@
+"""What rows say beyond speed-ups: the figures behind the report's plots. Pure, like `summary`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moecascade.rows import BASELINE, PLAIN, Row
+from moecascade.summary import (
+    Condition,
+    Pairs,
+    best_static,
+    condition_of,
+    interval,
+    pair,
+    summarise,
+    units,
+)
+from moecascade.workloads import workloads
+
+FEW = 5  # steps at one K below which it is left out
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """The time of steps that verified `k` drafts, one request at a time.
+
+    Attributes:
+        k: Drafts verified.
+        steps: How many steps.
+        cost: Their mean time over the mean of steps without drafts, request by request: the median.
+        low: 25th percentile over requests.
+        high: 75th.
+    """
+
+    k: int
+    steps: int
+    cost: float
+    low: float
+    high: float
+
+
+def step_times(rows: Iterable[Row]) -> list[StepTime]:
+    """Return the cost curve of one model: step time by drafts verified.
+
+    A request's steps at K are compared with the steps without drafts of the same prompt under the
+    baseline, so that what differs is K alone.
+    """
+    rows = [row for row in rows if row.concurrency == 1]
+    plain: dict[tuple[str, float], float] = {}
+    for row in rows:
+        if row.policy == BASELINE:
+            for at in row.by_k:
+                if at.drafted == 0:
+                    plain[row.prompt, row.temperature] = at.seconds / at.steps
+    found: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        base = plain.get((row.prompt, row.temperature))
+        for at in row.by_k:
+            if base and row.policy != BASELINE:
+                found[at.drafted].append((at.steps, at.seconds / at.steps / base))
+    curve = []
+    for k, samples in sorted(found.items()):
+        steps = sum(n for n, _ in samples)
+        if steps >= FEW:
+            costs = np.repeat([cost for _, cost in samples], [n for n, _ in samples])
+            low, middle, high = np.percentile(costs, [25, 50, 75]).tolist()
+            curve.append(StepTime(k, steps, middle, low, high))
+    return curve
+
+
+@dataclass(frozen=True, slots=True)
+class UtilityPoint:
+    """A policy on a task under one condition: what its steps promised and what a user saw.
+
+    Attributes:
+        condition: Model, temperature, concurrency.
+        task: The task.
+        policy: The policy.
+        utility: ETR over cost, from step times alone.
+        speedup: Measured at the client, over the baseline.
+    """
+
+    condition: Condition
+    task: str
+    policy: str
+    utility: float
+    speedup: float
+
+
+def utility_points(rows: Sequence[Row]) -> list[UtilityPoint]:
+    """Return a point for each condition with one request in flight, task and policy."""
+    groups: dict[tuple[Condition, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.concurrency == 1 and row.steps and row.decoded:
+            groups[condition_of(row), row.task, row.policy].append(row)
+    points = []
+    for (condition, task, policy), mine in groups.items():
+        base = groups.get((condition, task, BASELINE))
+        if policy == BASELINE or not base:
+            continue
+        ratio = pair(units(mine), units(base)).ratio
+        cost = _step_seconds(mine) / _step_seconds(base)
+        etr = sum(row.emitted for row in mine) / sum(row.steps for row in mine)
+        if ratio is not None:
+            points.append(UtilityPoint(condition, task, policy, etr / cost, ratio))
+    return points
+
+
+def _step_seconds(rows: Sequence[Row]) -> float:
+    return sum(row.step_seconds for row in rows) / sum(row.steps for row in rows)
+
+
+def r_squared(points: Sequence[UtilityPoint]) -> float | None:
+    """Return how much of the measured speed-ups' variance utility predicts (as it is, no fit)."""
+    if len(points) < 2:
+        return None
+    measured = np.array([point.speedup for point in points])
+    error = measured - np.array([point.utility for point in points])
+    spread = float(((measured - measured.mean()) ** 2).sum())
+    return 1.0 - float((error**2).sum()) / spread if spread else None
+
+
+def acceptance(rows: Iterable[Row]) -> list[float]:
+    """Return the share of verified draft tokens that were accepted, by place in the draft."""
+    accepted: dict[int, int] = defaultdict(int)
+    drafted: dict[int, int] = defaultdict(int)
+    for row in rows:
+        for place, count in enumerate(row.accepted_at):
+            accepted[place] += count
+        for place, count in enumerate(row.drafted_at):
+            drafted[place] += count
+    return [accepted[place] / drafted[place] for place in sorted(drafted) if drafted[place] >= FEW]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a policy expected of steps that verified `k` drafts, beside what came.
+
+    Attributes:
+        k: Drafts verified.
+        steps: How many steps.
+        expected: Share of the drafts that were expected to be accepted; None at 0.
+        accepted: Share that was.
+        time_error: Median of ``|expected - measured| / measured`` step time.
+    """
+
+    k: int
+    steps: int
+    expected: float | None
+    accepted: float | None
+    time_error: float
+
+
+def calibration(rows: Iterable[Row], policy: str) -> list[Calibration]:
+    """Return how well a policy foresees acceptance and step time, by drafts verified."""
+    found: dict[int, list[tuple[int, int, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row.policy == policy and row.concurrency == 1:
+            for at in row.by_k:
+                if at.expected_tokens is not None and at.seconds_error is not None:
+                    found[at.drafted].append(
+                        (at.steps, at.emitted, at.expected_tokens, at.seconds_error)
+                    )
+    made = []
+    for k, parts in sorted(found.items()):
+        steps = sum(n for n, *_ in parts)
+        if steps < FEW:
+            continue
+        expected = sum(e for _, _, e, _ in parts) - steps
+        accepted = sum(a for _, a, _, _ in parts) - steps
+        errors = np.repeat([error for *_, error in parts], [n for n, *_ in parts])
+        made.append(
+            Calibration(
+                k,
+                steps,
+                expected / (k * steps) if k else None,
+                accepted / (k * steps) if k else None,
+                float(np.median(errors)),
+            )
+        )
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of speeds and its 95% interval.
+
+    Attributes:
+        value: Above 1, the first is faster.
+        low: Lower end, None where there were too few pairs.
+        high: Upper end.
+        pairs: Pairs behind it.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
+    """Return how much faster `policy` is than `other`, over all that both ran; None where nothing.
+
+    Conditions and tasks are strata of the interval, so their differences do not widen it.
+    """
+    parts: list[Pairs] = []
+    for condition in dict.fromkeys(condition_of(row) for row in rows):
+        here = [row for row in rows if condition_of(row) == condition]
+        of = {name: units(row for row in here if row.policy == name) for name in (policy, other)}
+        found = pair(of[policy], of[other])
+        tasks = tuple(f"{condition}{task}" for task in found.tasks)
+        parts.append(Pairs(found.before, found.after, tasks))
+    both = Pairs(
+        np.concatenate([part.before for part in parts]),
+        np.concatenate([part.after for part in parts]),
+        tuple(task for part in parts for task in part.tasks),
+    )
+    if both.ratio is None:
+        return None
+    low, high = interval(both) or (None, None)
+    return Ratio(both.ratio, low, high, len(both))
+
+
+def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
+    """Return the fixed K that was best over all tasks, for each condition, as a policy's spec."""
+    best = {}
+    cells = summarise(rows)
+    for condition in dict.fromkeys(condition_of(row) for row in rows):
+        tasks = list(dict.fromkeys(row.task for row in rows if condition_of(row) == condition))
+        everything = list(workloads(tasks))[-1]
+        found = best_static(
+            cell for cell in cells if cell.workload == everything and cell.condition == condition
+        )
+        if found is not None:
+            best[condition] = found.policy
+    return best
+
+
+def with_hindsight(rows: Sequence[Row], name: str = "best static K") -> list[Row]:
+    """Return the rows of `hindsight`'s choices under one name, to compare with."""
+    best = hindsight(rows)
+    return [replace(row, policy=name) for row in rows if best.get(condition_of(row)) == row.policy]
+
+
+def presence(rows: Sequence[Row]) -> Ratio | None:
+    """Return the speed of our engine at K = 0 over vLLM without us; None if not measured."""
+    return ratio(rows, BASELINE, PLAIN)

