@@ -31,8 +31,10 @@ def expert_union(positions: Number, experts: int, top_k: int) -> Number:
 class CostModel:
     """Seconds of a step by positions.
 
-    T(p) is a prior curve times a correction, which is the mean of measured over prior times at and
-    near p, weighted by how near (in octaves) and how many. Old measurements fade.
+    T(p) is a level times a shape. The level follows the machine from step to step: its speed drifts
+    within seconds (here by half, now and then), for all p alike. The shape is a prior curve times a
+    correction, the mean of measured over prior times at and near p, weighted by how near (in
+    octaves) and how many; it changes slowly. Old measurements fade.
 
     Args:
         experts: Routed experts a layer, and
@@ -42,9 +44,12 @@ class CostModel:
     """
 
     nearness = 0.12  # octaves within which measurements speak for each other
-    memory = 20.0  # steps at one number of positions after which a measurement has faded
+    memory = 30.0  # steps at one number of positions after which a measurement has faded
+    tracking = 0.2  # part of a step's surprise that is taken for the level's
+    leap = 1.5  # factor by which one step can be thought to be off, for that
     belief = 1.0  # weight of the prior, in measurements
     outlier = 3.0  # a step this many times longer than expected is a pause, not a cost
+    first = 10  # steps that only teach the shape
     settled = 50  # steps after which the curve is not made anew at once, but
     every = 8  # after this many steps
     pauses = 3  # in a row; after them the machine has become slower
@@ -52,7 +57,7 @@ class CostModel:
     def __init__(self, experts: int = 8, top_k: int = 2, share: float = 0.45) -> None:
         """Start from the prior alone."""
         self._experts, self._top_k, self._share = experts, top_k, share
-        self._scale: float | None = None
+        self._level: float | None = None
         self._weight: dict[int, float] = {}  # by class of positions, see `_class_of`
         self._ratio: dict[int, float] = {}
         self._doubted = 0
@@ -64,21 +69,24 @@ class CostModel:
     def observe(self, positions: int, seconds: float) -> None:
         """Learn from a decode step."""
         prior = float(self._prior(positions))
-        if self._scale is None:
-            self._scale = seconds / prior
-        expected = self._scale * self.relative(positions)
-        if seconds > self.outlier * expected and self._doubted < self.pauses:
+        if self._level is None:
+            self._level = seconds / prior
+        surprise = seconds / (self._level * self.relative(positions))
+        if surprise > self.outlier and self._doubted < self.pauses:
             self._doubted += 1
             return
-        if self._doubted == self.pauses:
-            self._scale *= seconds / expected
+        if self._doubted == self.pauses:  # no pause: the machine has become slower
+            self._level *= surprise
+            surprise = 1.0
         self._doubted = 0
-        ratio = seconds / (self._scale * prior)
         near = _class_of(positions)
+        ratio = seconds / (self._level * prior)
         weight = self._weight.get(near, 0.0)
         self._weight[near] = weight = min(weight + 1.0, self.memory)
         before = self._ratio.get(near, ratio)
         self._ratio[near] = before + (ratio - before) / weight
+        if self._seen >= self.first:
+            self._level *= min(max(surprise, 1.0 / self.leap), self.leap) ** self.tracking
         self._seen += 1
         if self._seen < self.settled or self._seen % self.every == 0:
             self._curve = None
@@ -90,7 +98,7 @@ class CostModel:
 
     def seconds(self, positions: int) -> float | None:
         """Return T(p), None before the first step."""
-        return None if self._scale is None else self._scale * self.relative(positions)
+        return None if self._level is None else self._level * self.relative(positions)
 
     def cost(self, requests: int, drafts: int) -> float:
         """Return T(n + D) / T(n): a step with drafts over one without. Never below 1."""

@@ -301,7 +301,7 @@ def test_the_budget_is_the_one_with_most_tokens_a_second() -> None:
     assert isinstance(policy, SurvivalBudget)
     policy.add("r", 3)
     survival = [0.9, 0.5, 0.1]
-    policy._survival = lambda _r: survival  # type: ignore[method-assign]
+    policy._survival = lambda _r: survival  # type: ignore[assignment,method-assign]
     costs = [policy._costs.cost(1, k) for k in range(4)]
     rates = [(1 + sum(survival[:k])) / costs[k] for k in range(4)]
     assert ks(policy, "r") == [rates.index(max(rates))]

@@ -112,7 +112,7 @@ def test_the_cost_model_learns_a_curve_through_noise_and_pauses() -> None:
 def test_the_cost_model_reaches_large_batches_with_bounded_memory() -> None:
     """Every number of positions is served; beyond `EXACT` near ones share what they learn."""
     model = CostModel()
-    for positions in range(1, 2305):
+    for positions in random.Random(0).sample(range(1, 2305), 2304):
         model.observe(positions, 0.01 + 0.00001 * positions)
     assert len(model._ratio) < EXACT + 16 * 7
     costs = model.costs(256, 2048)
@@ -120,8 +120,22 @@ def test_the_cost_model_reaches_large_batches_with_bounded_memory() -> None:
     assert costs[0] == 1
     for drafts in (1, 10, 100, 1000, 2048):
         truth = (0.01 + 0.00001 * (256 + drafts)) / (0.01 + 0.00001 * 256)
-        assert costs[drafts] == pytest.approx(truth, rel=0.03)
+        assert costs[drafts] == pytest.approx(truth, rel=0.07)  # one sample each, none twice
     assert model.cost(256, 100) == costs[100]
+
+
+def test_a_machine_whose_speed_drifts_does_not_bend_the_curve() -> None:
+    """Slow for sixty steps, fast for sixty; K changes with the same rhythm."""
+    rng = random.Random(2)
+    curve = [1, 1.35, 1.68, 1.95, 2.2]
+    model = CostModel()
+    for i in range(1200):
+        k = rng.choice((0, 0, 4)) if (i // 60) % 2 else rng.choice((0, 2, 4))
+        slower = 1.5 if (i // 60) % 2 else 1.0
+        model.observe(1 + k, 0.02 * slower * curve[k] * rng.lognormvariate(0, 0.03))
+    for k in (2, 4):
+        assert model.cost(1, k) == pytest.approx(curve[k], rel=0.1)
+    assert model.seconds(1) == pytest.approx(0.03, rel=0.1)  # the last sixty were slow ones
 
 
 def test_the_seconds_of_a_step_are_known_once_there_was_one() -> None:
