@@ -58,11 +58,6 @@ class Record:
     shadow: _Shadow | None = None
     unread: list[int] = field(default_factory=list)
 
-    def skip(self, tokens: Sequence[int]) -> None:
-        """Take tokens of a step whose draft nobody judged."""
-        self.unread.extend(tokens)
-        self.shadow = None
-
 
 class Acceptance:
     """The predictor, shared by all requests of a policy."""

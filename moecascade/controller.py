@@ -83,26 +83,18 @@ class Controller:
 
     def observe(self, step: Step) -> None:
         """Show a step to every policy that has a request in it."""
-        seen = []
-        for part in step.requests:
-            group = self._group_of.get(part.request_id)
-            if group is not None and group not in seen:
-                seen.append(group)
-        for group in seen:
+        group_of = self._group_of.get
+        seen = {id(group): group for part in step.requests if (group := group_of(part.request_id))}
+        for group in seen.values():
             self._guarded(group, group.policy.observe, step)
 
     def decide(self, proposals: Sequence[Proposal]) -> dict[str, Decision]:
         """Return the decision for the next step of each request; K = 0 for unknown ones."""
-        by_group: dict[int, tuple[_Group, list[Proposal]]] = {}
+        groups = [self._group_of.get(proposal.request_id) for proposal in proposals]
         decisions: dict[str, Decision] = {}
-        for proposal in proposals:
-            group = self._group_of.get(proposal.request_id)
-            if group is None:
-                decisions[proposal.request_id] = Decision(proposal.request_id, 0, "fault")
-            else:
-                by_group.setdefault(id(group), (group, []))[1].append(proposal)
-        for group, members in by_group.values():
-            made = self._guarded(group, _checked, group, members, self._max_k)
+        for group in {id(group): group for group in groups}.values():
+            members = [p for p, of in zip(proposals, groups, strict=True) if of is group]
+            made = group and self._guarded(group, _checked, group, members, self._max_k)
             for decision in made or [Decision(p.request_id, 0, "fault") for p in members]:
                 decisions[decision.request_id] = decision
         return decisions

@@ -62,13 +62,16 @@ class CostModel:
         self._ratio: dict[int, float] = {}
         self._doubted = 0
         self._seen = 0
-        self._most = 2 * EXACT  # positions that the curve reaches
-        self._curve: Array | None = None
+        self._priors: dict[int, float] = {}
         self._costs: dict[int, Array] = {}
+        self._curve: Array | None = None
+        self._reach(2 * EXACT)
 
     def observe(self, positions: int, seconds: float) -> None:
         """Learn from a decode step."""
-        prior = float(self._prior(positions))
+        prior = self._priors.get(positions)
+        if prior is None:
+            prior = self._priors[positions] = float(self._prior(positions))
         if self._level is None:
             self._level = seconds / prior
         surprise = seconds / (self._level * self.relative(positions))
@@ -114,25 +117,28 @@ class CostModel:
 
     def _reaching(self, positions: int) -> Array:
         """Return the curve, which reaches at least `positions`."""
-        if positions > self._most:
-            self._most = 2 * positions
-            self._curve = None
+        if positions > len(self._positions):
+            self._reach(2 * positions)
         if self._curve is None:
-            self._curve = self._drawn(self._most)
+            self._curve = self._drawn()
         return self._curve
 
-    def _drawn(self, most: int) -> Array:
-        """Return T(1), T(2), ..., T(`most`): exact where classes are single, else interpolated."""
-        points = np.array([_middle(c) for c in range(1, _class_of(most) + 2)])
-        here = np.log2(points)
-        known = np.array([_middle(c) for c in self._ratio])
+    def _reach(self, most: int) -> None:
+        """Let the curve reach `most` positions."""
+        self._positions = np.arange(1.0, most + 1.0)
+        self._points = np.array([_middle(c) for c in range(1, _class_of(most) + 2)])
+        self._octaves = np.log2(self._points)[:, None]
+        self._prior_points = self._prior(self._points)
+        self._curve = None
+
+    def _drawn(self) -> Array:
+        """Return T(1), T(2), ...: exact where classes are single, else interpolated."""
+        known = np.log2([_middle(c) for c in self._ratio])
         weights = np.fromiter(self._weight.values(), float, len(known))
         ratios = np.fromiter(self._ratio.values(), float, len(known))
-        apart = np.abs(here[:, None] - np.log2(known)[None, :])
-        near = weights * np.exp(-apart / self.nearness)
+        near = weights * np.exp(-np.abs(self._octaves - known) / self.nearness)
         correction = (self.belief + near @ ratios) / (self.belief + near.sum(axis=1))
-        positions = np.arange(1.0, most + 1.0)
-        drawn: Array = np.interp(positions, points, self._prior(points) * correction)
+        drawn: Array = np.interp(self._positions, self._points, self._prior_points * correction)
         return drawn
 
     def _prior(self, positions: Number) -> Number:

@@ -55,6 +55,9 @@ class History:
             draft: The draft, verified or not, at least one token.
             tokens: What the step emitted, at least one token.
         """
+        if draft[0] != tokens[0]:  # most are, and time is short
+            self._ended[state * self._width] += 1.0
+            return 3 * state % STATES
         right = 0
         for drafted, token in zip(draft, tokens, strict=False):
             if drafted != token:
@@ -63,8 +66,7 @@ class History:
             right += 1
         else:
             self._cut[state * self._width + right] += 1.0
-        outcome = 0 if right == 0 else 1 if right < 3 else 2
-        return (3 * state + outcome) % STATES
+        return (3 * state + (1 if right < 3 else 2)) % STATES
 
     def step(self) -> None:
         """Count a step: now and then the table follows what was learnt."""

@@ -104,6 +104,7 @@ class _Request:
     max_k: int
     record: Record
     rate: _Rate
+    decision: Decision  # the last one
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
     survival: Sequence[float] | Array = ()
     k: int = 0
@@ -139,7 +140,10 @@ class Marginal:
         general, memory = self._rate.value, self._settings.rate_memory
         record = Record(Text(()), unread=list(prompt))
         self._requests[request_id] = _Request(
-            min(max_k, self._max_k), record, _Rate(general * memory, memory)
+            min(max_k, self._max_k),
+            record,
+            _Rate(general * memory, memory),
+            Decision(request_id, 0, self.name),
         )
 
     def drop(self, request_id: str) -> None:
@@ -148,15 +152,23 @@ class Marginal:
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
-        self._crowded = len(proposals) > self._settings.crowd
-        ks = self._in_crowd(proposals) if self._crowded else self._by_text(proposals)
+        requests = [self._requests[p.request_id] for p in proposals]
+        crowded = len(proposals) > self._settings.crowd
+        if crowded and not self._crowded:
+            for r in self._requests.values():
+                r.record.shadow = None  # nobody will score it
+        self._crowded = crowded
+        ks = (self._in_crowd if crowded else self._by_text)(proposals, requests)
         self._batch = (len(proposals) + self._others, sum(ks))
-        return [Decision(p.request_id, k, "marginal") for p, k in zip(proposals, ks, strict=True)]
+        for r, k in zip(requests, ks, strict=True):
+            r.k = k
+            if r.decision.k != k:  # making one takes as long as all else here
+                r.decision = Decision(r.decision.request_id, k, self.name)
+        return [r.decision for r in requests]
 
-    def _by_text(self, proposals: Sequence[Proposal]) -> list[int]:
+    def _by_text(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
-        requests = [self._requests[p.request_id] for p in proposals]
         slots: list[tuple[float, _Request]] = []
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
@@ -177,13 +189,12 @@ class Marginal:
             r.k += 1
         return [r.k for r in requests]
 
-    def _in_crowd(self, proposals: Sequence[Proposal]) -> list[int]:
+    def _in_crowd(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, judged by history, all of them paid at the batch's lambda.
 
         The same rule as above, with all slots in one array.
         """
         n = len(proposals) + self._others
-        requests = [self._requests[p.request_id] for p in proposals]
         lengths = []
         for p, r in zip(proposals, requests, strict=True):
             r.draft = p.tokens
@@ -200,8 +211,8 @@ class Marginal:
         admitted = np.bincount(order[:best] // self._max_k, minlength=len(requests))
         # Slots beyond a draft's end are worth nothing; where drafts are free some are admitted.
         ks: list[int] = np.minimum(admitted, lengths).tolist()
-        for r, k, row in zip(requests, ks, survival, strict=True):
-            r.k, r.survival = k, row
+        for r, row in zip(requests, survival, strict=True):
+            r.survival = row
         return ks
 
     def observe(self, step: Step) -> None:
@@ -246,7 +257,7 @@ class Marginal:
             if r.draft and part.tokens:
                 r.state = history.learn(r.state, r.draft, part.tokens)
                 r.draft = ()
-            r.record.skip(part.tokens)
+            r.record.unread.extend(part.tokens)
             r.idle = 0 if part.drafted else r.idle + 1
         history.step()
         if cost is not None and mine:
