@@ -134,18 +134,9 @@ def pictures(
                 lambda narrow: figures.foresight(expected, narrow),
             )
         )
-    flights = {cell.concurrency for cell in cells}
-    if len(flights) > 1:
-        for model in models:
-            everything = [
-                c
-                for c in cells
-                if c.model == model
-                and c.workload == _all_of(c, rows)
-                and c.temperature == min(r.temperature for r in rows if r.model == model)
-            ]
-            crowd = {c.policy for c in everything if c.concurrency == max(flights)}
-            kept = [c for c in everything if c.policy in crowd]
+    for model in models:
+        kept = _crowds([cell for cell in cells if cell.model == model], rows)
+        if kept:
             made.append(
                 Picture(
                     f"throughput-{model}",
@@ -156,6 +147,17 @@ def pictures(
                 )
             )
     return made
+
+
+def _crowds(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Cell]:
+    """Return one model's cells of all tasks, of the policies that ran at every concurrency."""
+    coldest = min(cell.temperature for cell in cells)
+    everything = [c for c in cells if c.temperature == coldest and c.workload == _all_of(c, rows)]
+    flights = {cell.concurrency for cell in everything}
+    if len(flights) < 2:
+        return []
+    ran = {(cell.policy, cell.concurrency) for cell in everything}
+    return [c for c in everything if all((c.policy, flight) in ran for flight in flights)]
 
 
 def _all_of(cell: Cell, rows: Sequence[Row]) -> str:
