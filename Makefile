@@ -1,6 +1,6 @@
 # Everything sets itself up: a virtual environment in .venv, the local model in the user's cache.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench-decision fmt clean
+.PHONY: help setup demo test bench bench-decision fmt clean
 
 BIN := .venv/bin
 
@@ -18,6 +18,9 @@ test: setup  ## lint, types, tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+bench: setup  ## the whole evaluation, 90 minutes, and its report (QUICK=1: one model, 10 minutes)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/evaluation.sh $(if $(QUICK),quick,full)
 
 bench-decision: setup  ## print how long a decision takes
 	@$(BIN)/python benchmarks/decision_cost.py

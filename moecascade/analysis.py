@@ -50,15 +50,15 @@ def step_times(rows: Iterable[Row]) -> list[StepTime]:
     baseline, so that what differs is K alone.
     """
     rows = [row for row in rows if row.concurrency == 1]
-    plain: dict[tuple[str, float], float] = {}
+    plain: dict[tuple[str, str, float], float] = {}
     for row in rows:
         if row.policy == BASELINE:
             for at in row.by_k:
                 if at.drafted == 0:
-                    plain[row.prompt, row.temperature] = at.seconds / at.steps
+                    plain[row.run, row.prompt, row.temperature] = at.seconds / at.steps
     found: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
-        base = plain.get((row.prompt, row.temperature))
+        base = plain.get((row.run, row.prompt, row.temperature))
         for at in row.by_k:
             if base and row.policy != BASELINE:
                 found[at.drafted].append((at.steps, at.seconds / at.steps / base))

@@ -39,6 +39,7 @@ def findings(
     return [
         *_worst(single),
         *_advantage(rows),
+        *_ablations(rows),
         *_utility(points),
         *_step_times(rows),
         *_presence(rows),
@@ -79,6 +80,15 @@ def _advantage(rows: Sequence[Row]) -> list[Finding]:
             made.append(Finding(what, change(found), paper))
     if found := analysis.ratio(rows, "marginal", "cascade"):
         made.append(Finding("marginal over cascade", change(found)))
+    return made
+
+
+def _ablations(rows: Sequence[Row]) -> list[Finding]:
+    """Return what cascade gains over itself with other settings."""
+    made = []
+    for spec in dict.fromkeys(row.policy for row in rows if row.policy.startswith("cascade[")):
+        if found := analysis.ratio(rows, "cascade", spec):
+            made.append(Finding(f"cascade over {spec}", change(found)))
     return made
 
 

@@ -113,6 +113,12 @@ class Row:
     text: str = ""
 
     @property
+    def run(self) -> str:
+        """The run that it was measured in: rows are compared within one."""
+        match = MARK.search(self.request)
+        return match.group().split("-")[1] if match else ""
+
+    @property
     def seconds_per_token(self) -> float:
         """Decode time per token (TPOT), in seconds; needs a second token."""
         return self.decode_seconds / self.decoded

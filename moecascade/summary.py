@@ -1,7 +1,7 @@
 """From measured rows to the numbers that a table or a plot shows. Pure: no clock, no files.
 
-What is compared is a pair: the same prompt under a policy and under a baseline; where several
-requests are in flight, the same block of prompts. Answers may differ in length (in bfloat16 a
+What is compared is a pair: the same prompt under a policy and under a baseline, in the same run;
+where several requests are in flight, the same block of prompts. Answers may differ in length (in bfloat16 a
 near-tie may fall differently when the batch's shape changes; sampled ones always do), so what
 counts is the time for equally many tokens. For pair i let ``n_i`` be the tokens that the baseline
 decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
@@ -126,11 +126,11 @@ def units(rows: Iterable[Row]) -> list[Unit]:
     for row in rows:
         if row.concurrency == 1:
             if row.decoded:
-                found.append(Unit((row.prompt,), row.task, row.decoded, row.decode_seconds))
+                found.append(Unit((row.run, row.prompt), row.task, row.decoded, row.decode_seconds))
         else:
             blocks.setdefault(row.block, []).append(row)
     for block in blocks.values():
-        key = tuple(row.prompt for row in block)
+        key = (block[0].run, *(row.prompt for row in block))
         tokens = sum(row.tokens for row in block)
         tasks = {row.task for row in block}
         task = tasks.pop() if len(tasks) == 1 else "mixed"
@@ -199,7 +199,7 @@ def summarise(rows: Sequence[Row], baseline: str = BASELINE, seed: int = 0) -> l
     """Return a cell for each condition, workload and policy, in order of appearance.
 
     Args:
-        rows: The requests. A prompt appears at most once under a policy and condition.
+        rows: The requests. In a run a prompt appears at most once under a policy and condition.
         baseline: The policy that speed-ups are over.
         seed: Of the bootstrap.
 

@@ -27,9 +27,11 @@ def main() -> None:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for cell in found.summary:
+        if "+" in cell["workload"]:
+            continue
         interval = f" ({cell['low']:.2f} - {cell['high']:.2f})" if cell["policy"] != "off" else ""
         rows.append(
-            f"| {cell['task']} | `{cell['policy']}` | {cell['tokens_per_second']:.1f} "
+            f"| {cell['workload']} | `{cell['policy']}` | {cell['tokens_per_second']:.1f} "
             f"| {cell['speedup']:.2f}{interval} | {cell['worst']:.2f} | {cell['etr']:.2f} "
             f"| {cell['mean_k']:.2f} | {cell['off_share']:.0%} |"
         )

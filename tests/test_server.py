@@ -290,7 +290,8 @@ def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: 
     assert len({row.block for row in journal.rows}) == 2
     cells = summarise(journal.rows)
     assert {cell.workload for cell in cells} == {ALL}
-    assert all(row.emitted + 1 == row.tokens for row in journal.rows)
+    # Steps in which the other request begins are no decode steps.
+    assert all(0 < row.emitted < row.tokens for row in journal.rows)
 
 
 @pytest.mark.engine

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The paper's evaluation on the local models, with what others use and with ablations; then the report.
+# Each part may be interrupted: the same command goes on where it was. FRESH=1 begins anew.
+#
+#   make bench            results/bench/report.html, within 90 minutes on two cores
+#   make bench QUICK=1    results/quick/report.html, within 10
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PEERS='sglang-adaptive,dynamic-table,hf-heuristic,goodput,bandit,survival-budget'
+STATIC='static:1,static:2,static:3,static:5,static:8'
+ABLATIONS='cascade[backoff=1],cascade[max_trials=1],cascade[trial_steps=2],cascade[trial_steps=8]'
+ABLATIONS+=',cascade[set_steps=8],cascade[set_steps=32]'
+
+part() {  # NAME, then options of `moecascade bench`
+  local name=$1
+  shift
+  printf '\n== %s\n' "$name"
+  moecascade bench --out "$out/$name" ${FRESH:+--fresh} "$@" >"$out/$name.txt"
+}
+
+case ${1:-} in
+  quick)
+    out=results/quick
+    mkdir -p "$out"
+    part core --models local --policies off,static:3,cascade,marginal --max-tokens 96 --minutes 7
+    ;;
+  full)
+    out=results/bench
+    mkdir -p "$out"
+    part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
+      --temperatures 0,0.8 --max-tokens 96 --minutes 57
+    part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 7
+    part ablations --models local --policies "off,cascade,$ABLATIONS" --max-tokens 192 --minutes 10
+    part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
+      --concurrency 1,4,8 --max-tokens 96 --minutes 9
+    ;;
+  *)
+    echo "usage: $0 quick|full" >&2
+    exit 2
+    ;;
+esac
+moecascade report "$out"
