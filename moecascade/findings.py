@@ -85,11 +85,12 @@ def _advantage(rows: Sequence[Row]) -> list[Finding]:
 
 def _ablations(rows: Sequence[Row]) -> list[Finding]:
     """Return what cascade gains over itself with other settings."""
-    made = []
-    for spec in dict.fromkeys(row.policy for row in rows if row.policy.startswith("cascade[")):
-        if found := analysis.ratio(rows, "cascade", spec):
-            made.append(Finding(f"cascade over {spec}", change(found)))
-    return made
+    specs = dict.fromkeys(row.policy for row in rows if row.policy.startswith("cascade["))
+    return [
+        Finding(f"cascade over {spec}", change(found))
+        for spec in specs
+        if (found := analysis.ratio(rows, "cascade", spec))
+    ]
 
 
 def _utility(points: Sequence[analysis.UtilityPoint]) -> list[Finding]:

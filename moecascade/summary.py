@@ -1,10 +1,10 @@
 """From measured rows to the numbers that a table or a plot shows. Pure: no clock, no files.
 
 What is compared is a pair: the same prompt under a policy and under a baseline, in the same run;
-where several requests are in flight, the same block of prompts. Answers may differ in length (in bfloat16 a
-near-tie may fall differently when the batch's shape changes; sampled ones always do), so what
-counts is the time for equally many tokens. For pair i let ``n_i`` be the tokens that the baseline
-decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
+where several requests are in flight, the same block of prompts. Answers may differ in length (in
+bfloat16 a near-tie may fall differently when the batch's shape changes; sampled ones always do), so
+what counts is the time for equally many tokens. For pair i let ``n_i`` be the tokens that the
+baseline decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
 
     speed-up = sum_i(n_i * s_i) / sum_i(n_i * p_i)
 

@@ -61,7 +61,9 @@ def main() -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0, 1)
     figure.axes[0].set_ylabel("chance, and price")
-    figure.axes[1].annotate("price: lambda x marginal cost", (3.2, 0.62), color="#c2410c", fontsize=9)
+    figure.axes[1].annotate(
+        "price: lambda x marginal cost", (3.2, 0.62), color="#c2410c", fontsize=9
+    )
     figure.axes[2].annotate("chance to be accepted", (3.4, 0.9), color="#0f766e", fontsize=9)
     figure.savefig(OUT, dpi=150)
     print(f"wrote {OUT}")

@@ -1,6 +1,5 @@
 """Servers as child processes: whatever happens to us or to them, nothing is left behind."""
 
-import asyncio
 import os
 import signal
 import socket
@@ -9,20 +8,16 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from moecascade import bench, launch, localmodel, server, steplog
-from moecascade.client import chat
+from moecascade import server
 from moecascade.errors import SetupError
 from moecascade.launch import Launch
 from moecascade.server import Server
-from moecascade.summary import summarise
-from moecascade.workloads import ALL, TASKS, mix, own
 
 PATIENCE = 60.0
 QUICK = (
@@ -222,95 +217,6 @@ def test_a_port_out_of_range_is_refused():
 
 def test_a_free_port_can_be_used():
     server.check_port("127.0.0.1", server.free_port())
-
-
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A real server with the local model."""
-    scratch = tmp_path_factory.mktemp("server")
-    log = scratch / "steps.jsonl"
-    saved = {name: os.environ.pop(name, None) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING",)}
-    planned = launch.plan(
-        str(localmodel.ensure("local")),
-        ["--host", "127.0.0.1", "--port", str(server.free_port()), "--max-num-seqs", "4"],
-        step_log=log,
-        local_name="local",
-    )
-    try:
-        with Server(planned, scratch / "server.log") as running:
-            running.wait_ready(600)
-            yield running, log
-            family = psutil.Process(running.process_id).children(recursive=True)
-    finally:
-        os.environ.update({name: value for name, value in saved.items() if value is not None})
-    assert len(family) >= 3  # HTTP server, engine core, worker
-    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
-    server.check_port("127.0.0.1", planned.port)
-
-
-@pytest.mark.engine
-def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tmp_path: Path):
-    running, log = vllm
-    settings = bench.Settings(("off", "static:3", "cascade"), max_tokens=32)
-    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 1), settings)
-    journal = bench.Journal(tmp_path / "rows.jsonl", {})
-    url, name = running.launch.url, running.launch.model
-    bench.measure({"off": url}, name, rounds, settings, journal, log=steplog.Reader(log))
-    rows = journal.rows
-    assert len(rows) == 9
-    for row in rows:
-        # The first token comes from the prompt's own pass, which is no decode step.
-        assert row.tokens == row.emitted + 1
-        assert row.decoded == row.tokens - 1
-        # What a user waits for is what the engine measured, but for the last hop.
-        assert row.decode_seconds == pytest.approx(row.step_seconds, rel=0.25, abs=0.1)
-        if row.policy == "off":
-            assert row.k_total == row.drafted == 0
-            assert row.steps_at_0 == row.steps == row.emitted
-        if row.policy == "static:3":
-            assert row.k_total == 3 * row.steps
-        assert sum(at.steps for at in row.by_k) == row.steps == len(row.series)
-    assert sum(row.drafted for row in rows) > 0
-    # What has been measured is not measured again.
-    bench.measure({"off": url}, name, rounds, settings, journal)
-    assert len(journal.rows) == 9
-
-
-@pytest.mark.engine
-def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: Path):
-    running, log = vllm
-    settings = bench.Settings(("off", "marginal"), concurrencies=(2,), max_tokens=16)
-    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 2)[:4], settings)
-    journal = bench.Journal(tmp_path / "rows.jsonl", {})
-    reader = steplog.Reader(log)
-    list(reader())  # what other tests left
-    url, name = running.launch.url, running.launch.model
-    bench.measure({"off": url}, name, rounds, settings, journal, log=reader)
-    assert len(journal.rows) == 8
-    assert len({row.block for row in journal.rows}) == 2
-    cells = summarise(journal.rows)
-    assert {cell.workload for cell in cells} == {ALL}
-    # Steps in which the other request begins are no decode steps.
-    assert all(0 < row.emitted < row.tokens for row in journal.rows)
-
-
-@pytest.mark.engine
-def test_a_bad_request_option_is_the_servers_400_with_our_words(vllm: tuple[Server, Path]):
-    running, _ = vllm
-
-    async def ask() -> None:
-        async with httpx.AsyncClient(base_url=running.launch.url, timeout=60) as http:
-            await chat(
-                http,
-                running.launch.model,
-                "Hello",
-                request_id="bad",
-                max_tokens=4,
-                xargs={"cascade_policy": "statik:3"},
-            )
-
-    with pytest.raises(SetupError, match=r"400 .*did you mean 'static'"):
-        asyncio.run(ask())
 
 
 @pytest.mark.engine

@@ -1,0 +1,235 @@
+"""The server under clients: our own, the openai package, vLLM's serving benchmark."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from moecascade import bench, launch, localmodel, server, steplog
+from moecascade.client import chat
+from moecascade.errors import SetupError
+from moecascade.server import Server
+from moecascade.summary import summarise
+from moecascade.workloads import ALL, TASKS, mix, own
+
+pytestmark = pytest.mark.engine
+
+REPEAT = "Repeat this list three times: red, green, blue, yellow, black, white, brown, grey."
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A real server with the local model."""
+    scratch = tmp_path_factory.mktemp("server")
+    log = scratch / "steps.jsonl"
+    saved = {name: os.environ.pop(name, None) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING",)}
+    planned = launch.plan(
+        str(localmodel.ensure("local")),
+        ["--host", "127.0.0.1", "--port", str(server.free_port()), "--max-num-seqs", "4"],
+        step_log=log,
+        local_name="local",
+    )
+    try:
+        with Server(planned, scratch / "server.log") as running:
+            running.wait_ready(600)
+            yield running, log
+            family = psutil.Process(running.process_id).children(recursive=True)
+    finally:
+        os.environ.update({name: value for name, value in saved.items() if value is not None})
+    assert len(family) >= 3  # HTTP server, engine core, worker
+    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    server.check_port("127.0.0.1", planned.port)
+
+
+def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tmp_path: Path):
+    running, log = vllm
+    settings = bench.Settings(("off", "static:3", "cascade"), max_tokens=32)
+    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 1), settings)
+    journal = bench.Journal(tmp_path / "rows.jsonl", {})
+    url, name = running.launch.url, running.launch.model
+    bench.measure({"off": url}, name, rounds, settings, journal, log=steplog.Reader(log))
+    rows = journal.rows
+    assert len(rows) == 9
+    for row in rows:
+        # The first token comes from the prompt's own pass, which is no decode step.
+        assert row.tokens == row.emitted + 1
+        assert row.decoded == row.tokens - 1
+        # What a user waits for is what the engine measured, but for the last hop.
+        assert row.decode_seconds == pytest.approx(row.step_seconds, rel=0.25, abs=0.1)
+        if row.policy == "off":
+            assert row.k_total == row.drafted == 0
+            assert row.steps_at_0 == row.steps == row.emitted
+        if row.policy == "static:3":
+            assert row.k_total == 3 * row.steps
+        assert sum(at.steps for at in row.by_k) == row.steps == len(row.series)
+    assert sum(row.drafted for row in rows) > 0
+    # What has been measured is not measured again.
+    bench.measure({"off": url}, name, rounds, settings, journal)
+    assert len(journal.rows) == 9
+
+
+def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: Path):
+    running, log = vllm
+    settings = bench.Settings(("off", "marginal"), concurrencies=(2,), max_tokens=16)
+    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 2)[:4], settings)
+    journal = bench.Journal(tmp_path / "rows.jsonl", {})
+    reader = steplog.Reader(log)
+    list(reader())  # what other tests left
+    url, name = running.launch.url, running.launch.model
+    bench.measure({"off": url}, name, rounds, settings, journal, log=reader)
+    assert len(journal.rows) == 8
+    assert len({row.block for row in journal.rows}) == 2
+    cells = summarise(journal.rows)
+    assert {cell.workload for cell in cells} == {ALL}
+    # Steps in which the other request begins are no decode steps.
+    assert all(0 < row.emitted < row.tokens for row in journal.rows)
+
+
+def test_a_bad_request_option_is_the_servers_400_with_our_words(vllm: tuple[Server, Path]):
+    running, _ = vllm
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(base_url=running.launch.url, timeout=60) as http:
+            await chat(
+                http,
+                running.launch.model,
+                "Hello",
+                request_id="bad",
+                max_tokens=4,
+                xargs={"cascade_policy": "statik:3"},
+            )
+
+    with pytest.raises(SetupError, match=r"400 .*did you mean 'static'"):
+        asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def client(vllm: tuple[Server, Path]) -> Iterator[openai.OpenAI]:
+    """The openai package, as it comes."""
+    running, _ = vllm
+    with openai.OpenAI(base_url=f"{running.launch.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def ask(client: openai.OpenAI, policy: str, tokens: int = 48, **more: object) -> str:
+    answer = client.chat.completions.create(  # type: ignore[call-overload]
+        model="local",
+        messages=[{"role": "user", "content": REPEAT}],
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"vllm_xargs": {"cascade_policy": policy}},
+        **more,
+    )
+    return str(answer.choices[0].message.content)
+
+
+def test_the_openai_package_is_answered_under_every_policy(client: openai.OpenAI):
+    answers = {policy: ask(client, policy) for policy in ("off", "static:3", "cascade", "marginal")}
+    assert all(len(answer) > 40 for answer in answers.values())
+    assert ask(client, "marginal", stop=["green"]).rstrip()[-4:] != "green"
+
+
+def test_the_openai_package_streams_several_tokens_a_message(
+    client: openai.OpenAI, vllm: tuple[Server, Path]
+):
+    _, log = vllm
+    reader = steplog.Reader(log)
+    list(reader())
+    stream = client.chat.completions.create(
+        model="local",
+        messages=[{"role": "user", "content": REPEAT}],
+        max_tokens=64,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"vllm_xargs": {"cascade_policy": "static:8"}},
+    )
+    messages, tokens = 0, 0
+    for chunk in stream:
+        messages += bool(chunk.choices and chunk.choices[0].delta.content)
+        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    assert 0 < messages < tokens <= 64  # accepted drafts come together
+    steps = [part for step in reader() for part in step["requests"]]
+    assert sum(part["emitted"] for part in steps) == tokens
+
+
+def test_a_stream_that_the_openai_package_leaves_is_forgotten(
+    client: openai.OpenAI, vllm: tuple[Server, Path]
+):
+    running, log = vllm
+    stream = client.chat.completions.create(
+        model="local",
+        messages=[{"role": "user", "content": REPEAT}],
+        max_tokens=1500,
+        stream=True,
+        extra_body={"vllm_xargs": {"cascade_policy": "marginal"}, "ignore_eos": True},
+    )
+    for _, _chunk in zip(range(5), stream, strict=False):
+        pass
+    stream.close()
+    deadline = time.monotonic() + 60
+    reader = steplog.Reader(log)
+    while True:  # steps end soon after the client has left, long before 1500 tokens
+        before = sum(1 for _ in reader())
+        time.sleep(2)
+        if sum(1 for _ in reader()) == 0 and time.monotonic() < deadline:
+            break
+        assert time.monotonic() < deadline, before
+    text = httpx.get(f"{running.launch.url}/metrics", timeout=30).text
+    (line,) = [row for row in text.splitlines() if row.startswith("vllm:num_requests_running{")]
+    assert float(line.split()[-1]) == 0
+    assert len(ask(client, "marginal")) > 40  # and the server serves on
+
+
+def test_the_openai_package_gets_bad_options_as_its_own_error(client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match="did you mean 'marginal'"):
+        ask(client, "marginl")
+
+
+BENCHMARK = """
+from vllm.benchmarks import serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+serve.add_cli_args(parser)
+serve.main(parser.parse_args())
+"""
+"""``vllm bench serve``, which CPU builds do not start under that name."""
+
+
+@pytest.mark.parametrize("policy", ["off", "marginal"])
+def test_vllms_serving_benchmark_runs_against_it(
+    vllm: tuple[Server, Path], tmp_path: Path, policy: str
+):
+    running, _ = vllm
+    answer = subprocess.run(
+        [
+            *(sys.executable, "-c", BENCHMARK),
+            *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
+            *("--base-url", running.launch.url, "--model", "local"),
+            *("--tokenizer", str(localmodel.ensure("local"))),
+            *("--dataset-name", "random", "--random-input-len", "32"),
+            *("--random-output-len", "24", "--num-prompts", "4", "--max-concurrency", "2"),
+            *("--ignore-eos", "--temperature", "0"),
+            *("--extra-body", json.dumps({"vllm_xargs": {"cascade_policy": policy}})),
+            *("--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["completed"] == 4
+    assert result["total_output_tokens"] == 4 * 24
