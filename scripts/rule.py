@@ -6,6 +6,7 @@ python scripts/rule.py TRACES
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ def main() -> None:
         places = range(1, len(survival) + 1)
         colours = ["#0f766e" if j <= k else "#d1d5db" for j in places]
         axes.bar(places, survival, color=colours)
-        steps = [price * (b - a) for a, b in zip(curve, curve[1:], strict=False)]
+        steps = [price * (b - a) for a, b in pairwise(curve)]
         axes.step(places, steps, where="mid", color="#c2410c", linewidth=1.6)
         axes.set_title(f"{title}   (lambda {price:.2f})", loc="left", fontsize=10)
         axes.set_xlabel("place in the draft")

@@ -123,7 +123,7 @@ def client(vllm: tuple[Server, Path]) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, policy: str, tokens: int = 48, **more: object) -> str:
-    answer = client.chat.completions.create(  # type: ignore[call-overload]
+    answer = client.chat.completions.create(
         model="local",
         messages=[{"role": "user", "content": REPEAT}],
         max_tokens=tokens,
