@@ -17,6 +17,9 @@ from moecascade.options import RequestOptions, ServerOptions
 from moecascade.policies import Policy
 from moecascade.steps import Decision, Proposal, Step
 
+MOST_SPECS = 64
+"""Policies kept at once, beyond those in use."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -130,8 +133,17 @@ class Controller:
                 **self._options.options.get(name, {}),
             }
             group = _Group(spec, policies.create(spec, self._max_k, settings), set())
+            self._make_room()
             self._groups[spec] = group
         return group
+
+    def _make_room(self) -> None:
+        """Forget the oldest policy that nobody uses: requests may ask for any number of specs."""
+        if len(self._groups) >= MOST_SPECS:
+            for spec, group in self._groups.items():
+                if not group.members and spec != self._options.policy:
+                    del self._groups[spec]
+                    return
 
     def _guarded(self, group: _Group, call: Callable[P, R], *a: P.args, **k: P.kwargs) -> R | None:
         """Return what `call` returns; where it raises, retire the policy object and return None."""

@@ -216,3 +216,60 @@ def test_request_options_leave_those_of_others_alone() -> None:
     assert request_options(None, 8) == RequestOptions()
     asked = {"cascade_policy": "static:2", "cascade_max_k": 0, "other": 1}
     assert request_options(asked, 8) == RequestOptions("static:2", 0)
+
+
+# ---- specs with settings, and what is known of the model -----------------------------------------
+
+
+def test_a_spec_may_carry_settings() -> None:
+    policy = policies.create("cascade[set_steps=32,backoff=1]", 8)
+    settings = policy._settings  # type: ignore[attr-defined]
+    assert (settings.set_steps, settings.backoff, settings.trial_steps) == (32, 1, 4)
+    assert policies.parse("static:3") == ("static", "3", {})
+    assert policies.split("off, cascade[backoff=1,set_steps=8],static:3") == [
+        "off",
+        "cascade[backoff=1,set_steps=8]",
+        "static:3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("cascade[", "name=number"),
+        ("cascade[backoff]", "name=number"),
+        ("cascade[backoff=x]", "name=number"),
+        ("cascade[bakoff=1]", "did you mean 'backoff'"),
+        ("cascade[backoff=0]", "at least 1"),
+        ("off[k=1]", "unknown key"),
+    ],
+)
+def test_settings_in_a_spec_are_checked(spec: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        policies.create(spec, 8)
+
+
+def test_what_is_known_of_the_model_reaches_policies_that_ask_and_yields_to_the_user() -> None:
+    facts = {"experts": 64, "top_k": 8}
+    options = ServerOptions(options={"marginal": {"top_k": 4}})
+    controller = Controller(options, 8, lambda spec, fault: None, facts)
+    controller.add("a", RequestOptions(policy="marginal"))
+    controller.add("b", RequestOptions(policy="marginal[experts=16]"))
+    controller.add("c", RequestOptions(policy="cascade"))
+    found = {
+        spec: controller._groups[spec].policy._settings  # type: ignore[attr-defined]
+        for spec in ("marginal", "marginal[experts=16]")
+    }
+    assert (found["marginal"].experts, found["marginal"].top_k) == (64, 4)
+    assert (found["marginal[experts=16]"].experts, found["marginal[experts=16]"].top_k) == (16, 4)
+
+
+def test_requests_that_ask_for_ever_new_specs_do_not_fill_the_memory() -> None:
+    controller = Controller(ServerOptions(), 8, lambda spec, fault: None)
+    controller.add("stays", RequestOptions(policy="cascade[set_steps=7]"))
+    for i in range(300):
+        controller.add(f"r{i}", RequestOptions(policy=f"cascade[set_steps={100 + i}]"))
+        controller.drop(f"r{i}")
+    assert len(controller._groups) <= 64
+    assert controller.spec("stays") == "cascade[set_steps=7]"
+    assert {"cascade", "cascade[set_steps=7]", "cascade[set_steps=399]"} <= set(controller._groups)
