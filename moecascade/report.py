@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from moecascade import analysis, figures, machine, results
@@ -72,19 +73,49 @@ def build(found: Sequence[results.Results]) -> Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A policy's line of a table.
+
+    Attributes:
+        policy: Its spec.
+        cells: One for each workload, None where it was not measured.
+        total: The cell of all tasks together, with its times and rates.
+    """
+
+    policy: str
+    cells: tuple[Cell | None, ...]
+    total: Cell | None
+
+    @property
+    def speedups(self) -> list[float]:
+        """The speed-ups that were measured."""
+        return [cell.speedup for cell in self.cells if cell and cell.speedup is not None]
+
+    @property
+    def worst(self) -> float | None:
+        """The lowest of them."""
+        return min(self.speedups, default=None)
+
+    @property
+    def mean(self) -> float | None:
+        """Their geometric mean, as of ratios."""
+        return geometric_mean(self.speedups) if self.speedups else None
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """The headline table of one condition: policies down, workloads across.
 
     Attributes:
         title: The condition.
         workloads: Column heads.
-        lines: A policy's spec and its cells, None where it was not measured.
+        lines: A line for each policy.
         best: For each workload the highest speed-up, to be emphasised.
     """
 
     title: str
     workloads: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    lines: tuple[Line, ...]
     best: tuple[float, ...]
 
 
@@ -96,7 +127,10 @@ def tables(cells: Sequence[Cell]) -> list[Table]:
         across = tuple(dict.fromkeys(cell.workload for cell in mine))
         down = tuple(dict.fromkeys(cell.policy for cell in mine))
         at = {(cell.policy, cell.workload): cell for cell in mine}
-        lines = tuple((policy, tuple(at.get((policy, w)) for w in across)) for policy in down)
+        lines = tuple(
+            Line(policy, tuple(at.get((policy, w)) for w in across), at.get((policy, across[-1])))
+            for policy in down
+        )
         best = tuple(max(c.speedup or 0.0 for c in mine if c.workload == w) for w in across)
         made.append(Table(condition.title, across, lines, best))
     return made
@@ -170,11 +204,12 @@ def markdown(report: Report) -> str:
     lines += [f"| {f.what} | {f.ours} | {f.paper} |" for f in report.findings]
     for table in tables(report.cells):
         lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval", ""]
-        lines.append("| policy | " + " | ".join(table.workloads) + " |")
-        lines.append("| --- |" + " ---: |" * len(table.workloads))
-        for policy, cells in table.lines:
-            shown = [_markdown_cell(c, b) for c, b in zip(cells, table.best, strict=True)]
-            lines.append(f"| `{policy}` | " + " | ".join(shown) + " |")
+        lines.append("| policy | " + " | ".join([*table.workloads, "worst", "mean"]) + " |")
+        lines.append("| --- |" + " ---: |" * (len(table.workloads) + 2))
+        for line in table.lines:
+            shown = [_markdown_cell(c, b) for c, b in zip(line.cells, table.best, strict=True)]
+            shown += ["" if value is None else f"{value:.2f}" for value in (line.worst, line.mean)]
+            lines.append(f"| `{line.policy}` | " + " | ".join(shown) + " |")
     lines.append("")
     for part in _parts(report):
         lines.append(

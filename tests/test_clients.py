@@ -197,6 +197,40 @@ def test_the_openai_package_gets_bad_options_as_its_own_error(client: openai.Ope
         ask(client, "marginl")
 
 
+def moecascade(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moecascade", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_bench_measures_a_server_that_is_running_goes_on_and_reports(
+    vllm: tuple[Server, Path], tmp_path: Path
+):
+    running, _ = vllm
+    line = ["bench", "--url", running.launch.url, "--models", "local", "--out", str(tmp_path)]
+    line += ["--policies", "off,hf-heuristic", "--prompts-per-task", "2", "--max-tokens", "12"]
+    answer = moecascade(*line)
+    assert answer.returncode == 0, answer.stderr
+    assert "hf-heuristic" in answer.stdout
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert len(rows) == 2 * 3 * 2
+    journal = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(journal[:6]))  # interrupted after five requests
+    answer = moecascade(*line)
+    assert "Going on after 5 requests" in answer.stderr
+    again = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["request"] for row in again] == [row["request"] for row in rows]
+    assert again[:5] == rows[:5]
+    assert moecascade(*line[:-1], "13").returncode == 2  # measures something else
+    answer = moecascade("report", str(tmp_path))
+    assert answer.returncode == 0, answer.stderr
+    assert "hf-heuristic" in (tmp_path / "report.html").read_text()
+
+
 BENCHMARK = """
 from vllm.benchmarks import serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,5 +1,6 @@
 """Servers as child processes: whatever happens to us or to them, nothing is left behind."""
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moecascade import server
+from moecascade import replay, server, traces
 from moecascade.errors import SetupError
 from moecascade.launch import Launch
 from moecascade.server import Server
@@ -237,3 +238,27 @@ def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path, mark: str, m
         assert process.wait(PATIENCE) == 130
     assert marked(mark) == []
     assert not (tmp_path / "demo.json").exists()
+
+
+@pytest.mark.engine
+def test_what_a_model_answers_can_be_recorded_and_replayed(tmp_path: Path, mark: str):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "traces.jsonl"
+    asked = [{"id": f"p{i}", "task": "t", "prompt": f"Count to {5 + i}."} for i in range(3)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    line = ["record", str(prompts), "--out", str(out), "--max-tokens", "16", "--concurrency", "2"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "moecascade", *line, "--policy", "static:2"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert marked(mark) == []
+    found = list(traces.read([out]))
+    assert [(trace.id, trace.task) for trace in found] == [(f"p{i}", "t") for i in range(3)]
+    assert all(1 < len(trace.output) <= 16 for trace in found)
+    for row in map(json.loads, out.read_text().splitlines()):
+        assert sum(step["emitted"] for step in row["steps"]) == len(row["output_token_ids"])
+    outcomes = replay.play(found, "marginal", replay.Conditions([1.0] * 9))
+    assert sum(outcome.tokens for outcome in outcomes) == sum(len(t.output) - 1 for t in found)

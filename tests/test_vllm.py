@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -292,3 +293,31 @@ def test_the_log_says_what_was_expected_and_what_deciding_took(engine: Engine) -
     assert all(part["expected_tokens"] >= 1 for part in parts)
     assert all(part["utility"] > 0 for part in parts)
     assert all(part["expected_seconds"] > 0 for part in parts)
+
+
+def test_sampled_text_is_distributed_as_without_speculation(ngram_engine: Engine) -> None:
+    """The tokens of many short answers, counted by place, with drafts and without."""
+    prompt = PROMPTS[0]  # goes on as a copy, so drafts are right now and then
+    n, length = 200, 4
+
+    def counts(spec: str) -> list[Counter[int]]:
+        outputs = ngram_engine.generate(
+            [prompt] * n, policy(spec), max_tokens=length, temperature=1.0
+        )
+        return [Counter(output[place] for output in outputs) for place in range(length)]
+
+    def apart(a: Counter[int], b: Counter[int]) -> float:
+        return sum(abs(a[token] - b[token]) for token in a | b) / (2 * n)
+
+    plain, drafted, again = counts("off"), counts("static:3"), counts("off")
+    assert len(plain[1]) > 3  # there is something to get wrong
+    for place in range(length):
+        assert apart(plain[place], drafted[place]) < apart(plain[place], again[place]) + 0.15
+
+
+def test_later_drafts_are_accepted_at_a_temperature(ngram_engine: Engine) -> None:
+    _, steps = ngram_engine.generate_logged(
+        [PROMPTS[0]] * 16, policy("static:4"), max_tokens=24, temperature=0.7
+    )
+    emitted = [p["emitted"] for step in steps for p in step["requests"] if p["drafted"] >= 2]
+    assert sum(n >= 3 for n in emitted) > 0.1 * len(emitted)
