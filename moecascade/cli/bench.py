@@ -21,6 +21,7 @@ from moecascade.vllm import compat
 DEFAULTS = measuring.Settings()
 RESULTS = "bench.json"
 JOURNAL = "rows.jsonl"
+FILE_WIDTH = 120  # columns of a table that goes into a file
 
 
 def bench(
@@ -191,8 +192,11 @@ def _keep(
 
 
 def _print(journal: measuring.Journal) -> None:
-    """Print a table for each condition."""
+    """Print a table for each condition: each task, and all together."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
     for condition in dict.fromkeys(condition_of(row) for row in journal.rows):
         rows = [row for row in journal.rows if condition_of(row) == condition]
-        console.print(table(summarise(rows), condition.title, ""))
+        shown = [cell for cell in summarise(rows) if "+" not in cell.workload]
+        console.print(table(shown, condition.title, ""))
