@@ -112,7 +112,7 @@ def _bar(axes: Axes, cell: Cell, x: float, width: float, colour: str) -> None:
         xytext=(0, 4),
         textcoords="offset points",
         ha="center",
-        fontsize=9,
+        fontsize=9 if width > 0.18 else 7.5,
         fontweight="bold",
         color="#111827" if colour in STATIC[:2] else "white",
         zorder=5,
