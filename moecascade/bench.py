@@ -47,7 +47,6 @@ class Settings:
         concurrencies: Requests in flight at once.
         max_tokens: The longest answer.
         seed: Of sampling; the prompt's number is added to it.
-        ignore_eos: Whether answers go on to `max_tokens` where the model would end.
     """
 
     policies: tuple[str, ...] = ("off", "static:1", "static:3", "static:8", "cascade", "marginal")
@@ -55,7 +54,6 @@ class Settings:
     concurrencies: tuple[int, ...] = (1,)
     max_tokens: int = 128
     seed: int = 0
-    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Check the values; ConfigError names the first that is wrong."""
@@ -219,7 +217,6 @@ async def send(
                 max_tokens=settings.max_tokens,
                 temperature=block.temperature,
                 seed=_seed(block, request),
-                ignore_eos=settings.ignore_eos,
                 xargs=_xargs(block.policy, request.prompt.task),
             )
             tell(request)

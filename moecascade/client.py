@@ -57,7 +57,6 @@ async def chat(
     max_tokens: int,
     temperature: float = 0.0,
     seed: int | None = None,
-    ignore_eos: bool = False,
     xargs: Mapping[str, Any] | None = None,
 ) -> Reply:
     """Send one user message and return the streamed answer with its times.
@@ -70,7 +69,6 @@ async def chat(
         max_tokens: The longest answer.
         temperature: 0 for greedy.
         seed: For sampling, None for a random one.
-        ignore_eos: Whether the answer goes on to `max_tokens` where the model would end it.
         xargs: ``vllm_xargs``, such as ``{"cascade_policy": "static:3"}``.
 
     Raises:
@@ -87,7 +85,6 @@ async def chat(
         # Usage on each message says how many tokens have come when, exactly.
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **({} if seed is None else {"seed": seed}),
-        **({"ignore_eos": True} if ignore_eos else {}),
         **({"vllm_xargs": dict(xargs)} if xargs else {}),
     }
     headers = {"X-Request-Id": request_id}

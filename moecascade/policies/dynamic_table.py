@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from moecascade.errors import ConfigError
 from moecascade.policies.shared import OneForAll
+from moecascade.steps import RequestStep
 
 TABLE = ((1, 4, 5), (5, 16, 3), (17, 64, 1), (65, 65_536, 0))
 
@@ -66,6 +67,9 @@ class DynamicTable(OneForAll):
     def chosen(self, requests: int) -> int:
         """Return the K of the last range that begins at or below this batch size."""
         return next((k for first, _, k in reversed(self._table) if first <= requests), 0)
+
+    def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
+        """Nothing to learn: the table says it all."""
 
     def lookahead(self, request_id: str) -> int:
         """Return the K of the step under way; it changes with the batch only."""

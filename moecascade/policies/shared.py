@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moecascade.steps import Decision, Proposal, RequestStep, Step
 
 
-class OneForAll:
+class OneForAll(ABC):
     """Base of policies that use one K for all their requests.
 
     They say what it is for a number of requests (`chosen`) and learn from each decode step
@@ -23,10 +24,11 @@ class OneForAll:
         self._cap: dict[str, int] = {}
         self._k = 0  # of the step under way
 
+    @abstractmethod
     def chosen(self, requests: int) -> int:
         """Return K for a batch of this many requests."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
         """Take the parts of our requests in a decode step, and its time if it is known."""
 
