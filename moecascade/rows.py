@@ -74,6 +74,7 @@ class Row:
         steps_at_0: How many of them the policy ran at K = 0.
         step_seconds: Their time as the engine measured it; `decode_seconds` is what a user saw.
         controller_seconds: Part of it that policies took.
+        handover_seconds: Part of it that drafts took from vLLM's worker to its scheduler.
         by_k: The steps by drafts verified.
         accepted_at: How often the first, second, ... token of a draft was accepted, and
         drafted_at: how often it was verified.
@@ -106,6 +107,7 @@ class Row:
     steps_at_0: int = 0
     step_seconds: float = 0.0
     controller_seconds: float = 0.0
+    handover_seconds: float = 0.0
     by_k: tuple[AtK, ...] = ()
     accepted_at: tuple[int, ...] = ()
     drafted_at: tuple[int, ...] = ()
@@ -149,15 +151,19 @@ class Steps:
 
     series: list[tuple[int, int, float, float | None]] = field(default_factory=list)
     controller_seconds: float = 0.0
+    handover_seconds: float = 0.0
     _drafts: list[tuple[int, int]] = field(default_factory=list)
     _expected: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     _errors: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, part: Mapping[str, Any], seconds: float, controller: float) -> None:
-        """Count a step that took `seconds`, `controller` of them for deciding."""
+    def add(
+        self, part: Mapping[str, Any], seconds: float, controller: float, handover: float
+    ) -> None:
+        """Count a step that took `seconds`; in them deciding, and the drafts' way to it."""
         self.series.append((part["k"], part["emitted"], seconds, part.get("utility")))
         self._drafts.append((part["drafted"], part["emitted"]))
         self.controller_seconds += controller
+        self.handover_seconds += handover
         if (tokens := part.get("expected_tokens")) is not None:
             self._expected[part["drafted"]].append(tokens)
         if seconds and (expected := part.get("expected_seconds")) is not None:
@@ -175,6 +181,7 @@ class Steps:
             "steps_at_0": sum(k == 0 for k, *_ in self.series),
             "step_seconds": sum(seconds for _, _, seconds, _ in self.series),
             "controller_seconds": self.controller_seconds,
+            "handover_seconds": self.handover_seconds,
             "by_k": tuple(self._at(drafted) for drafted in sorted(set(drafts))),
             "accepted_at": tuple(
                 sum(emitted > j + 1 and drafted > j for drafted, emitted in self._drafts)
@@ -204,9 +211,10 @@ def tally(log: Iterable[Mapping[str, Any]]) -> dict[str, Steps]:
     for step in log:
         if not step["decode"]:
             continue
-        controller = step.get("controller", 0.0) / len(step["requests"])
+        n = len(step["requests"])
+        controller, handover = step.get("controller", 0.0) / n, step.get("handover", 0.0) / n
         for part in step["requests"]:
             if match := MARK.search(part["id"]):
                 seconds = step["seconds"] or 0.0
-                found.setdefault(match.group(), Steps()).add(part, seconds, controller)
+                found.setdefault(match.group(), Steps()).add(part, seconds, controller, handover)
     return found

@@ -2,11 +2,12 @@
 
     {"schema": "moecascade.steps/1", "step": 17, "seconds": 0.031, "decode": true, "requests": [
       {"id": "cmpl-1", "policy": "cascade", "k": 3, "why": "test", "drafted": 3, "emitted": 2,
-       "utility": 1.21}], "controller": 0.00004}
+       "utility": 1.21}], "controller": 0.00004, "handover": 0.0009}
 
 ``k`` is the draft length that was decided, ``drafted`` what the drafter had of it; see
 `moecascade.steps` for the other fields. ``controller`` is the time, in seconds, that decision and
-observation took. What a policy expected of the step follows where it says so (`EXPECTED`).
+observation took, ``handover`` the time that the drafts took from vLLM's worker to its scheduler.
+What a policy expected of the step follows where it says so (`EXPECTED`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class StepLog:
         policy_of: Mapping[str, str],
         explained: Mapping[str, Mapping[str, Any]],
         controller: float,
+        handover: float,
     ) -> None:
         """Append a step.
 
@@ -58,6 +60,7 @@ class StepLog:
             policy_of: The specs of the policies that made them.
             explained: What the policies said of them.
             controller: Seconds that deciding took.
+            handover: Seconds that the drafts took to get here.
         """
         rows = []
         for part in step.requests:
@@ -84,6 +87,7 @@ class StepLog:
             "decode": step.decode,
             "requests": rows,
             "controller": controller,
+            "handover": handover,
         }
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._step += 1

@@ -296,6 +296,7 @@ def test_what_a_policy_expected_stands_beside_what_came():
             "decode": True,
             "seconds": seconds,
             "controller": 0.001,
+            "handover": 0.002,
             "requests": [
                 {**part(name, 2, 2, emitted), "expected_tokens": 2.0, "expected_seconds": 0.1}
             ],
@@ -307,6 +308,7 @@ def test_what_a_policy_expected_stands_beside_what_came():
     assert (at.emitted, at.expected_tokens) == (6, 6.0)
     assert at.seconds_error == pytest.approx(0.25)  # of 0, 0.25 and 0.5
     assert fields["controller_seconds"] == pytest.approx(0.003)
+    assert fields["handover_seconds"] == pytest.approx(0.006)
     assert (fields["drafted_at"], fields["accepted_at"]) == ((3, 3), (2, 1))
 
 

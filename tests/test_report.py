@@ -54,6 +54,7 @@ def measured(
         steps_at_0=50 if k else 100,
         step_seconds=seconds,
         controller_seconds=100 * 40e-6,
+        handover_seconds=0.03 * seconds,
         by_k=tuple(at) if k else (AtK(0, 100, 100, seconds),),
         drafted_at=(50,) * k,
         accepted_at=tuple(round(50 * ACCEPTANCE[task] ** (j + 1)) for j in range(k)),
@@ -182,7 +183,13 @@ def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results
     cells = {(c.policy, c.workload): c for c in summarise(report.build([found]).rows)}
     speedup = cells["static:3", "code"].speedup
     assert f"{speedup:.2f}" in text
-    for words in ("utility against measured speed-up", "0.994", "vLLM without us", "| `bandit` |"):
+    for words in (
+        "utility against measured speed-up",
+        "0.994",
+        "vLLM without us",
+        "3.0% of a step until",
+        "| `bandit` |",
+    ):
         assert words in text
     assert "moecascade bench --models local,dense --policies off,vllm," in text
 

@@ -288,7 +288,8 @@ def test_the_models_experts_are_known_to_policies_that_ask(engine: Engine) -> No
 def test_the_log_says_what_was_expected_and_what_deciding_took(engine: Engine) -> None:
     _, steps = engine.generate_logged(PROMPTS[:1], policy("marginal"))
     decode = [step for step in steps if step["decode"]][1:]
-    assert all(0 < step["controller"] < 1 for step in decode)
+    assert all(0 < step["controller"] < step["seconds"] for step in decode)
+    assert all(0 < step["handover"] < step["seconds"] for step in decode)
     parts = [part for step in decode for part in step["requests"]]
     assert all(part["expected_tokens"] >= 1 for part in parts)
     assert all(part["utility"] > 0 for part in parts)

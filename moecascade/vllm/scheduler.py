@@ -57,6 +57,8 @@ class Scheduler(VllmScheduler):
         facts = compat.model_facts(config)
         self.controller = Controller(self._options, self._max_k, self._policy_fault, facts)
         self._controller_seconds = 0.0  # spent since the last step was observed
+        self._handover_seconds = 0.0  # waited for drafts since then
+        self._updated: float | None = None  # when the last step had been processed
         options = self._options
         self._step_log = StepLog(options.step_log) if options.step_log else None
         self._trace_log = (
@@ -94,11 +96,14 @@ class Scheduler(VllmScheduler):
         self._safely(self._forget_ended)
         if self._began is None:  # nothing is left to do: time to write
             self._safely(self._flush)
+        self._updated = time.perf_counter()
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take the drafter's proposals for the next step, each cut to its request's K."""
         began = time.perf_counter()
+        if self._updated is not None:
+            self._handover_seconds += began - self._updated
         cut = self._safely(self._cut, draft_token_ids)
         self._controller_seconds += time.perf_counter() - began
         if cut is None:
@@ -161,9 +166,14 @@ class Scheduler(VllmScheduler):
                 policy_of = {request_id: self.controller.spec(request_id) for request_id in ids}
                 explained = {request_id: self.controller.explain(request_id) for request_id in ids}
                 self._step_log.write(
-                    step, self._decisions, policy_of, explained, self._controller_seconds
+                    step,
+                    self._decisions,
+                    policy_of,
+                    explained,
+                    self._controller_seconds,
+                    self._handover_seconds,
                 )
-                self._controller_seconds = 0.0
+                self._controller_seconds = self._handover_seconds = 0.0
             if self._trace_log is not None:
                 self._trace_log.step(step)
             learning = time.perf_counter()
