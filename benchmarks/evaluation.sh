@@ -31,7 +31,8 @@ case ${1:-} in
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
       --temperatures 0,0.8 --max-tokens 96 --minutes 57
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 7
-    part ablations --models local --policies "off,cascade,$ABLATIONS" --max-tokens 192 --minutes 10
+    part ablations --models local --policies "off,cascade,$ABLATIONS" --temperatures 0.8 --max-tokens 192 \
+      --minutes 10
     part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
       --concurrency 1,4,8 --max-tokens 96 --minutes 9
     ;;

@@ -67,7 +67,10 @@ def _lowest(cells: Sequence[Cell]) -> str:
     change = (worst.speedup or 0.0) - 1
     how = f"{-change:.1%} slower" if change < 0 else f"{change:.1%} faster"
     name = f"{worst.policy}, " if worst.policy not in ADAPTIVE else ""
-    return f"{how} ({name}{worst.workload}, {worst.condition.title})"
+    within = ""
+    if worst.low is not None and worst.high is not None:
+        within = f"; {worst.low - 1:+.1%} to {worst.high - 1:+.1%}"
+    return f"{how} ({name}{worst.workload}, {worst.condition.title}{within})"
 
 
 def _advantage(rows: Sequence[Row]) -> list[Finding]:
