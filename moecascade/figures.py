@@ -71,33 +71,34 @@ def _new(narrow: bool, height: float, rows: int = 1, columns: int = 1) -> tuple[
     return figure, np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
 
 
-def speedups(cells: Sequence[Cell], narrow: bool) -> Figure:
-    """Speed-up of each policy on each workload: points with intervals, one panel a workload."""
-    shown = [c for c in cells if c.policy != BASELINE and c.speedup is not None]
-    workloads = list(dict.fromkeys(c.workload for c in shown))
+def speedups(panels: Mapping[str, Sequence[Cell]], narrow: bool) -> Figure:
+    """Speed-up of each policy: points with intervals, in panels by their titles."""
+    panels = {
+        title: [c for c in cells if c.policy != BASELINE and c.speedup is not None]
+        for title, cells in panels.items()
+    }
+    shown = [cell for cells in panels.values() for cell in cells]
     policies = list(dict.fromkeys(c.policy for c in shown))
-    columns = 1 if narrow else min(4, len(workloads))
-    rows = -(-len(workloads) // columns)
+    columns = 1 if narrow else min(4, len(panels))
+    rows = -(-len(panels) // columns)
     height = 0.6 + 0.2 * len(policies)
     figure, axes = _new(narrow, height, rows, columns)
     low = min([c.low or c.speedup or 1 for c in shown] + [0.95])
     high = max([c.high or c.speedup or 1 for c in shown] + [1.05])
-    for i, (ax, workload) in enumerate(zip(axes, workloads, strict=False)):
+    for i, (ax, (title, cells)) in enumerate(zip(axes, panels.items(), strict=False)):
         ax.axvline(1, color=INK, linewidth=1)
-        for cell in shown:
-            if cell.workload != workload or cell.speedup is None:
-                continue
+        for cell in cells:
             y, colour = policies.index(cell.policy), colour_of(cell.policy)
             if cell.low is not None and cell.high is not None:
                 ax.plot([cell.low, cell.high], [y, y], color=colour, linewidth=2)
-            ax.plot(cell.speedup, y, "o", color=colour, markersize=5)
-        ax.set_title("all tasks" if workload == "all" else workload, loc="left")
+            ax.plot(cell.speedup or 1, y, "o", color=colour, markersize=5)
+        ax.set_title(title, loc="left")
         ax.set_xlim(low - 0.03, high + 0.03)
         ax.set_ylim(len(policies) - 0.5, -0.5)
         labelled = narrow or i % columns == 0
         ax.set_yticks(range(len(policies)), policies if labelled else [""] * len(policies))
         ax.xaxis.set_major_formatter("{x:g}x")
-    for ax in axes[len(workloads) :]:
+    for ax in axes[len(panels) :]:
         ax.set_visible(False)
     return figure
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from moecascade import analysis, figures
 from moecascade.rows import BASELINE, PLAIN, Row
-from moecascade.summary import Cell, Condition, condition_of
-from moecascade.workloads import workloads
+from moecascade.summary import Cell, Condition, by_workload, condition_of, totals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,10 +31,26 @@ class Picture:
     draw: Callable[[bool], Figure]
 
 
+INTERVALS = (
+    "Points: all prompts together; lines: 95% intervals, bootstrap over prompts. Left of 1 a user "
+    "waits longer than without speculation."
+)
+
+
 def pictures(
-    rows: Sequence[Row], cells: Sequence[Cell], points: Sequence[analysis.UtilityPoint]
+    rows: Sequence[Row],
+    cells: Sequence[Cell],
+    varied: Sequence[Cell],
+    points: Sequence[analysis.UtilityPoint],
 ) -> list[Picture]:
-    """Return the figures that the rows allow."""
+    """Return the figures that the rows allow.
+
+    Args:
+        rows: The requests.
+        cells: Their speed-ups, but for
+        varied: those of runs that vary a policy's settings.
+        points: Of utility against speed-up.
+    """
     made: list[Picture] = []
     single = [row for row in rows if row.concurrency == 1]
     models = list(dict.fromkeys(row.model for row in rows))
@@ -51,17 +66,7 @@ def pictures(
                 lambda narrow: figures.step_times(curves, narrow),
             )
         )
-    for condition in dict.fromkeys(condition_of(row) for row in single):
-        mine = [c for c in cells if c.condition == condition]
-        made.append(
-            Picture(
-                f"speedups-{_slug(condition)}",
-                f"Speed-up over no speculation: {condition.title}",
-                "Points: all prompts of the workload; lines: 95% intervals, bootstrap over "
-                "prompts. Left of 1 a user waits longer than without speculation.",
-                lambda narrow, mine=mine: figures.speedups(mine, narrow),  # type: ignore[misc]
-            )
-        )
+    made += _speedups(cells, varied)
     squared = analysis.r_squared(points)
     if squared is not None:
         made.append(
@@ -135,7 +140,7 @@ def pictures(
             )
         )
     for model in models:
-        kept = _crowds([cell for cell in cells if cell.model == model], rows)
+        kept = _crowds([cell for cell in cells if cell.model == model])
         if kept:
             made.append(
                 Picture(
@@ -149,20 +154,51 @@ def pictures(
     return made
 
 
-def _crowds(cells: Sequence[Cell], rows: Sequence[Row]) -> list[Cell]:
+def _speedups(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Picture]:
+    """Return an overview of the conditions, then each of them, one request at a time."""
+    made: list[Picture] = []
+    together = {
+        f"{c.model}, T = {c.temperature:g}": found
+        for c, found in totals(cells).items()
+        if c.concurrency == 1
+    }
+    if len(together) > 1:
+        made.append(
+            Picture(
+                "overview",
+                "Speed-up over no speculation, all tasks together",
+                INTERVALS,
+                lambda narrow: figures.speedups(together, narrow),
+            )
+        )
+    for name, title, some in (
+        ("speedups", "Speed-up over no speculation", cells),
+        ("settings", "Other settings of policies", varied),
+    ):
+        made += [
+            Picture(
+                f"{name}-{_slug(condition)}",
+                f"{title}: {condition.title}",
+                INTERVALS,
+                lambda narrow, panels=panels: figures.speedups(panels, narrow),  # type: ignore[misc]
+            )
+            for condition, panels in by_workload(some).items()
+            if condition.concurrency == 1
+        ]
+    return made
+
+
+def _crowds(cells: Sequence[Cell]) -> list[Cell]:
     """Return one model's cells of all tasks, of the policies that ran at every concurrency."""
-    coldest = min(cell.temperature for cell in cells)
-    everything = [c for c in cells if c.temperature == coldest and c.workload == _all_of(c, rows)]
+    coldest = min((cell.temperature for cell in cells), default=0.0)
+    everything = [
+        cell for c, found in totals(cells).items() if c.temperature == coldest for cell in found
+    ]
     flights = {cell.concurrency for cell in everything}
     if len(flights) < 2:
         return []
     ran = {(cell.policy, cell.concurrency) for cell in everything}
     return [c for c in everything if all((c.policy, flight) in ran for flight in flights)]
-
-
-def _all_of(cell: Cell, rows: Sequence[Row]) -> str:
-    tasks = list(dict.fromkeys(r.task for r in rows if condition_of(r) == cell.condition))
-    return list(workloads(tasks))[-1]
 
 
 def _course(rows: Sequence[Row]) -> list[Row]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from moecascade import analysis, figures, machine, results
+from moecascade import analysis, figures, machine, policies, results
 from moecascade.errors import ConfigError, SetupError
 from moecascade.files import write_whole
 from moecascade.findings import Finding, findings
 from moecascade.pictures import Picture, pictures
 from moecascade.rows import BASELINE, Row, from_json
-from moecascade.summary import Cell, summarise
+from moecascade.summary import Cell, by_workload, summarise, totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Report:
     Attributes:
         found: The results that it is made from.
         rows: Their rows.
-        cells: Speed-ups over the baseline.
+        cells: Speed-ups over the baseline, but for
+        varied: those of runs that vary a policy's settings, which may be of other lengths.
         pictures: The figures.
         findings: The headline: what was measured, beside the paper's figure where there is one.
     """
@@ -36,6 +37,7 @@ class Report:
     found: Sequence[results.Results]
     rows: Sequence[Row]
     cells: Sequence[Cell]
+    varied: Sequence[Cell]
     pictures: Sequence[Picture]
     findings: Sequence[Finding]
 
@@ -67,9 +69,14 @@ def build(found: Sequence[results.Results]) -> Report:
         rows = [from_json(values) for part in found for values in part.rows]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the results' rows are of another version ({error})") from None
-    cells = summarise(rows)
+    runs = {row.run for row in rows if policies.parse(row.policy)[2]}
+    varied = summarise([row for row in rows if row.run in runs]) if runs else []
+    rest = [row for row in rows if row.run not in runs]
+    cells = summarise(rest) if rest or not runs else []
     points = analysis.utility_points(rows)
-    return Report(found, rows, cells, pictures(rows, cells, points), findings(rows, cells, points))
+    drawn = pictures(rows, cells, varied, points)
+    said = findings(rows, [*cells, *varied], points)
+    return Report(found, rows, cells, varied, drawn, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +85,8 @@ class Line:
 
     Attributes:
         policy: Its spec.
-        cells: One for each workload, None where it was not measured.
-        total: The cell of all tasks together, with its times and rates.
+        cells: One for each column, None where it was not measured.
+        total: The cell of all tasks together, with its times and rates, where there is one.
     """
 
     policy: str
@@ -104,36 +111,47 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The headline table of one condition: policies down, workloads across.
+    """Policies down; across, the workloads of one condition, or the conditions.
 
     Attributes:
-        title: The condition.
-        workloads: Column heads.
+        title: What it is of.
+        columns: Their heads.
         lines: A line for each policy.
-        best: For each workload the highest speed-up, to be emphasised.
+        best: For each column the highest speed-up, to be emphasised.
     """
 
     title: str
-    workloads: tuple[str, ...]
+    columns: tuple[str, ...]
     lines: tuple[Line, ...]
     best: tuple[float, ...]
 
 
-def tables(cells: Sequence[Cell]) -> list[Table]:
-    """Return a table for each condition, in order of appearance."""
-    made = []
-    for condition in dict.fromkeys(cell.condition for cell in cells):
-        mine = [cell for cell in cells if cell.condition == condition]
-        across = tuple(dict.fromkeys(cell.workload for cell in mine))
-        down = tuple(dict.fromkeys(cell.policy for cell in mine))
-        at = {(cell.policy, cell.workload): cell for cell in mine}
-        lines = tuple(
-            Line(policy, tuple(at.get((policy, w)) for w in across), at.get((policy, across[-1])))
-            for policy in down
-        )
-        best = tuple(max(c.speedup or 0.0 for c in mine if c.workload == w) for w in across)
-        made.append(Table(condition.title, across, lines, best))
+def tables(report: Report) -> list[Table]:
+    """Return a table for each condition, in order of appearance, before them one of all."""
+    together = {c.title: found for c, found in totals(report.cells).items()}
+    made = [_table("All tasks together", together, summed=False)] if len(together) > 1 else []
+    made += [_table(c.title, found) for c, found in by_workload(report.cells).items()]
+    made += [
+        _table(f"Other settings: {c.title}", found)
+        for c, found in by_workload(report.varied).items()
+    ]
     return made
+
+
+def _table(title: str, across: Mapping[str, Sequence[Cell]], summed: bool = True) -> Table:
+    """Return a table; where it is `summed` the last column is all tasks together."""
+    down = dict.fromkeys(cell.policy for cells in across.values() for cell in cells)
+    columns = [{cell.policy: cell for cell in cells} for cells in across.values()]
+    lines = tuple(
+        Line(
+            policy,
+            tuple(column.get(policy) for column in columns),
+            columns[-1].get(policy) if summed else None,
+        )
+        for policy in down
+    )
+    best = tuple(max(cell.speedup or 0.0 for cell in cells) for cells in across.values())
+    return Table(title, tuple(across), lines, best)
 
 
 def html(report: Report) -> str:
@@ -154,7 +172,7 @@ def html(report: Report) -> str:
         narrow = figures.svg(picture.draw(True), f"{picture.name}-narrow")
         drawn.append((picture, wide, narrow))
     return environment.from_string(template).render(
-        report=report, pictures=drawn, tables=tables(report.cells), parts=_parts(report)
+        report=report, pictures=drawn, tables=tables(report), parts=_parts(report)
     )
 
 
@@ -202,14 +220,9 @@ def markdown(report: Report) -> str:
     """Return a summary for a pull request or a README."""
     lines = ["| | this run | the paper |", "| --- | --- | --- |"]
     lines += [f"| {f.what} | {f.ours} | {f.paper} |" for f in report.findings]
-    for table in tables(report.cells):
+    for table in tables(report):
         lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval", ""]
-        lines.append("| policy | " + " | ".join([*table.workloads, "worst", "mean"]) + " |")
-        lines.append("| --- |" + " ---: |" * (len(table.workloads) + 2))
-        for line in table.lines:
-            shown = [_markdown_cell(c, b) for c, b in zip(line.cells, table.best, strict=True)]
-            shown += ["" if value is None else f"{value:.2f}" for value in (line.worst, line.mean)]
-            lines.append(f"| `{line.policy}` | " + " | ".join(shown) + " |")
+        lines += markdown_table(table)
     lines.append("")
     for part in _parts(report):
         lines.append(
@@ -218,6 +231,17 @@ def markdown(report: Report) -> str:
         )
         lines.append("")
     return "\n".join(lines)
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Return a table's lines."""
+    made = ["| policy | " + " | ".join([*table.columns, "worst", "mean"]) + " |"]
+    made.append("| --- |" + " ---: |" * (len(table.columns) + 2))
+    for line in table.lines:
+        shown = [_markdown_cell(c, b) for c, b in zip(line.cells, table.best, strict=True)]
+        shown += ["" if value is None else f"{value:.2f}" for value in (line.worst, line.mean)]
+        made.append(f"| `{line.policy}` | " + " | ".join(shown) + " |")
+    return made
 
 
 def _markdown_cell(cell: Cell | None, best: float) -> str:

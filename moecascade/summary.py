@@ -272,6 +272,19 @@ def _ratio(top: float, bottom: float) -> float | None:
     return top / bottom if bottom else None
 
 
+def by_workload(cells: Iterable[Cell]) -> dict[Condition, dict[str, list[Cell]]]:
+    """Return the cells by condition and workload, in order: the last is all tasks together."""
+    found: dict[Condition, dict[str, list[Cell]]] = {}
+    for cell in cells:
+        found.setdefault(cell.condition, {}).setdefault(cell.workload, []).append(cell)
+    return found
+
+
+def totals(cells: Iterable[Cell]) -> dict[Condition, list[Cell]]:
+    """Return the cells of all tasks together, by condition."""
+    return {condition: list(of.values())[-1] for condition, of in by_workload(cells).items()}
+
+
 def cell_of(cells: Iterable[Cell], workload: str, policy: str) -> Cell:
     """Return the first cell of a workload and a policy; KeyError where there is none."""
     for cell in cells:

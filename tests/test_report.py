@@ -173,9 +173,34 @@ def test_foresight_is_kept_apart_by_drafts(rows: list[Row]) -> None:
 
 def test_every_plot_of_the_evaluation_is_there(found: results.Results) -> None:
     names = {picture.name for picture in report.build([found]).pictures}
-    wanted = {"step-times", "speedups-local-t0", "speedups-local-t08", "speedups-dense-t0"}
+    wanted = {
+        "overview",
+        "step-times",
+        "speedups-local-t0",
+        "speedups-local-t08",
+        "speedups-dense-t0",
+    }
     wanted |= {"utility", "acceptance", "course", "k-shares", "foresight", "throughput-local"}
     assert wanted <= names
+
+
+def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results) -> None:
+    other = [
+        {**values, "request": values["request"].replace("mc-", "mc-f", 1)[:-1], "policy": policy}
+        for values in found.rows
+        for policy in ("off", "cascade", "cascade[backoff=1]")
+        if values["policy"] == policy.partition("[")[0]
+        and (values["model"], values["concurrency"]) == ("local", 1)
+    ]
+    whole = report.build([found, replace(found, rows=other)])
+    alone = report.build([found])
+    assert whole.cells == alone.cells
+    assert {cell.policy for cell in whole.varied} == {"off", "cascade", "cascade[backoff=1]"}
+    titles = [table.title for table in report.tables(whole)]
+    assert titles[0] == "All tasks together"
+    assert titles[-1] == "Other settings: local, temperature 0.8"
+    assert "settings-local-t08" in {picture.name for picture in whole.pictures}
+    assert any(f.what == "cascade over cascade[backoff=1]" for f in whole.findings)
 
 
 def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results.Results) -> None:
