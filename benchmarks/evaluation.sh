@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's evaluation on the local models, with what others use and with ablations; then the report.
-# Each part may be interrupted: the same command goes on where it was. FRESH=1 begins anew.
+# It may be interrupted: the same command goes on where it was. FRESH=1 begins anew.
 #
 #   make bench            results/bench/report.html, within 90 minutes on two cores
 #   make bench QUICK=1    results/quick/report.html, within 10
@@ -16,7 +16,12 @@ part() {  # NAME, then options of `moecascade bench`
   local name=$1
   shift
   printf '\n== %s\n' "$name"
-  moecascade bench --out "$out/$name" ${FRESH:+--fresh} "$@" >"$out/$name.txt"
+  if [[ -e $out/$name.txt && -z ${FRESH:-} ]]; then
+    echo "measured before: $out/$name.txt"
+    return
+  fi
+  moecascade bench --out "$out/$name" ${FRESH:+--fresh} "$@" >"$out/$name.part"
+  mv "$out/$name.part" "$out/$name.txt"
 }
 
 case ${1:-} in
