@@ -9,8 +9,9 @@ cd "$(dirname "$0")/.."
 
 PEERS='sglang-adaptive,dynamic-table,hf-heuristic,goodput,bandit,survival-budget'
 STATIC='static:1,static:2,static:3,static:5,static:8'
-ABLATIONS='cascade[backoff=1],cascade[max_trials=1],cascade[trial_steps=2],cascade[trial_steps=8]'
-ABLATIONS+=',cascade[set_steps=8],cascade[set_steps=32]'
+ABLATIONS='cascade[backoff=1],cascade[max_trials=1],cascade[trial_steps=8],cascade[set_steps=32]'
+# Drafts after a match of one token: many, and seldom right. Here a static K loses.
+SELDOM='{"method":"ngram","num_speculative_tokens":8,"prompt_lookup_min":1,"prompt_lookup_max":4}'
 
 part() {  # NAME, then options of `moecascade bench`
   local name=$1
@@ -36,8 +37,8 @@ case ${1:-} in
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
       --temperatures 0,0.8 --max-tokens 96 --minutes 57
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 7
-    part ablations --models local --policies "off,cascade,$ABLATIONS" --temperatures 0.8 --max-tokens 192 \
-      --minutes 10
+    part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
+      --temperatures 0.8 --max-tokens 128 --minutes 10 --speculative-config "$SELDOM"
     part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
       --concurrency 1,4,8 --max-tokens 96 --minutes 9
     ;;

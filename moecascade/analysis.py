@@ -12,6 +12,7 @@ from moecascade.rows import BASELINE, PLAIN, Row
 from moecascade.summary import (
     Condition,
     Pairs,
+    Unit,
     best_static,
     condition_of,
     interval,
@@ -80,8 +81,10 @@ class UtilityPoint:
         condition: Model, temperature, concurrency.
         task: The task.
         policy: The policy.
-        utility: ETR over cost, from step times alone.
+        utility: ETR over cost, from the steps' tokens and times alone.
         speedup: Measured at the client, over the baseline.
+
+    A prompt weighs what the baseline's answer weighs, in both: sampled answers differ in length.
     """
 
     condition: Condition
@@ -103,15 +106,18 @@ def utility_points(rows: Sequence[Row]) -> list[UtilityPoint]:
         if policy == BASELINE or not base:
             continue
         ratio = pair(units(mine), units(base)).ratio
-        cost = _step_seconds(mine) / _step_seconds(base)
-        etr = sum(row.emitted for row in mine) / sum(row.steps for row in mine)
-        if ratio is not None:
-            points.append(UtilityPoint(condition, task, policy, etr / cost, ratio))
+        utility = pair(_by_steps(mine), _by_steps(base)).ratio
+        if ratio is not None and utility is not None:
+            points.append(UtilityPoint(condition, task, policy, utility, ratio))
     return points
 
 
-def _step_seconds(rows: Sequence[Row]) -> float:
-    return sum(row.step_seconds for row in rows) / sum(row.steps for row in rows)
+def _by_steps(rows: Sequence[Row]) -> list[Unit]:
+    """Return the requests as the engine's steps saw them.
+
+    ETR over step time is tokens over the steps' time, and utility is its ratio to the baseline's.
+    """
+    return [Unit((r.run, r.prompt), r.task, r.emitted, r.step_seconds) for r in rows]
 
 
 def r_squared(points: Sequence[UtilityPoint]) -> float | None:

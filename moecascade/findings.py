@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moecascade import analysis
 from moecascade.rows import BASELINE, Row
-from moecascade.summary import Cell
+from moecascade.summary import Cell, totals
 
 HINDSIGHT = "best static K"
 ADAPTIVE = ("cascade", "marginal")
@@ -38,6 +38,7 @@ def findings(
     single = [cell for cell in cells if cell.concurrency == 1 and cell.speedup is not None]
     return [
         *_worst(single),
+        *_crowds(cells),
         *_advantage(rows),
         *_ablations(rows),
         *_utility(points),
@@ -71,6 +72,27 @@ def _lowest(cells: Sequence[Cell]) -> str:
     if worst.low is not None and worst.high is not None:
         within = f"; {worst.low - 1:+.1%} to {worst.high - 1:+.1%}"
     return f"{how} ({name}{worst.workload}, {worst.condition.title}{within})"
+
+
+def _crowds(cells: Sequence[Cell]) -> list[Finding]:
+    """Return what several requests in flight gain."""
+    made = []
+    for policy in ADAPTIVE:
+        parts = [
+            f"{cell.concurrency} at once: {cell.speedup - 1:+.1%}{_within(cell)}"
+            for of in totals(cells).values()
+            for cell in of
+            if cell.policy == policy and cell.concurrency > 1 and cell.speedup is not None
+        ]
+        if parts:
+            made.append(Finding(f"{policy}: throughput against no speculation", "; ".join(parts)))
+    return made
+
+
+def _within(cell: Cell) -> str:
+    if cell.low is None or cell.high is None:
+        return ""
+    return f" ({cell.low - 1:+.1%} to {cell.high - 1:+.1%})"
 
 
 def _advantage(rows: Sequence[Row]) -> list[Finding]:
