@@ -38,7 +38,7 @@ case ${1:-} in
       --temperatures 0,0.8 --max-tokens 96 --minutes 57
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 7
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
-      --temperatures 0.8 --max-tokens 128 --minutes 10 --speculative-config "$SELDOM"
+      --temperatures 0.8 --max-tokens 192 --minutes 12 --speculative-config "$SELDOM"
     part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
       --concurrency 1,4,8 --max-tokens 96 --minutes 9
     ;;
