@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moecascade import analysis
+from moecascade import analysis, policies
 from moecascade.rows import BASELINE, Row
 from moecascade.summary import Cell, totals
 
@@ -32,14 +32,26 @@ class Finding:
 
 
 def findings(
-    rows: Sequence[Row], cells: Sequence[Cell], points: Sequence[analysis.UtilityPoint]
+    rows: Sequence[Row],
+    main: Sequence[Row],
+    cells: Sequence[Cell],
+    varied: Sequence[Cell],
+    points: Sequence[analysis.UtilityPoint],
 ) -> list[Finding]:
-    """Return what these rows can answer."""
-    single = [cell for cell in cells if cell.concurrency == 1 and cell.speedup is not None]
+    """Return what these rows can answer.
+
+    Args:
+        rows: The requests;
+        main: of them, those of runs that do not vary a policy's settings.
+        cells: Their speed-ups.
+        varied: Speed-ups of the other runs.
+        points: Of utility against speed-up.
+    """
     return [
-        *_worst(single),
+        *_worst(cells, varied),
         *_crowds(cells),
-        *_advantage(rows),
+        *_advantage(main),
+        *_apart(varied),
         *_ablations(rows),
         *_utility(points),
         *_step_times(rows),
@@ -48,30 +60,39 @@ def findings(
     ]
 
 
-def _worst(cells: Sequence[Cell]) -> list[Finding]:
+def _worst(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
     made = []
     for policy in ADAPTIVE:
         paper = "5% slower" if policy == "cascade" else ""
         what = f"{policy}: worst workload against no speculation"
-        if found := _lowest([cell for cell in cells if cell.policy == policy]):
+        if found := _lowest(cells, varied, policy):
             made.append(Finding(what, found, paper))
-    if found := _lowest([cell for cell in cells if cell.policy.startswith("static:")]):
+    if found := _lowest(cells, varied, "static:"):
         what = "a static K: worst workload against no speculation"
         made.append(Finding(what, found, "26%, 38%, 54% slower at K = 1, 2, 3"))
     return made
 
 
-def _lowest(cells: Sequence[Cell]) -> str:
-    if not cells:
+def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
+    """Return the lowest speed-up of a policy, or of all whose names begin with `policy`."""
+    exact = policy in ADAPTIVE
+    found = [
+        (cell.speedup, cell, where)
+        for some, where in ((cells, ""), (varied, ", see other settings"))
+        for cell in some
+        if (cell.policy == policy if exact else cell.policy.startswith(policy))
+        and cell.concurrency == 1
+        and cell.speedup is not None
+    ]
+    if not found:
         return ""
-    worst = min(cells, key=lambda cell: cell.speedup or 0.0)
-    change = (worst.speedup or 0.0) - 1
-    how = f"{-change:.1%} slower" if change < 0 else f"{change:.1%} faster"
-    name = f"{worst.policy}, " if worst.policy not in ADAPTIVE else ""
+    lowest, cell, where = min(found, key=lambda one: one[0])
+    how = f"{1 - lowest:.1%} slower" if lowest < 1 else f"{lowest - 1:.1%} faster"
+    name = "" if exact else f"{cell.policy}, "
     within = ""
-    if worst.low is not None and worst.high is not None:
-        within = f"; {worst.low - 1:+.1%} to {worst.high - 1:+.1%}"
-    return f"{how} ({name}{worst.workload}, {worst.condition.title}{within})"
+    if cell.low is not None and cell.high is not None:
+        within = f"; {cell.low - 1:+.1%} to {cell.high - 1:+.1%}"
+    return f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})"
 
 
 def _crowds(cells: Sequence[Cell]) -> list[Finding]:
@@ -96,7 +117,9 @@ def _within(cell: Cell) -> str:
 
 
 def _advantage(rows: Sequence[Row]) -> list[Finding]:
-    made = []
+    made: list[Finding] = []
+    if not rows:
+        return made
     best = analysis.with_hindsight(rows, HINDSIGHT)
     for policy in ADAPTIVE:
         if found := analysis.ratio([*rows, *best], policy, HINDSIGHT):
@@ -105,7 +128,28 @@ def _advantage(rows: Sequence[Row]) -> list[Finding]:
             made.append(Finding(what, change(found), paper))
     if found := analysis.ratio(rows, "marginal", "cascade"):
         made.append(Finding("marginal over cascade", change(found)))
+    peers = {peer.name: analysis.ratio(rows, "marginal", peer.name) for peer in policies.PEERS}
+    beside = {name: found for name, found in peers.items() if found}
+    if beside:
+        fastest = min(beside, key=lambda name: beside[name].value)
+        what = f"marginal over {fastest}, the fastest of what others use"
+        made.append(Finding(what, change(beside[fastest])))
     return made
+
+
+def _apart(varied: Sequence[Cell]) -> list[Finding]:
+    """Return what the policies themselves gain where their settings are varied."""
+    return [
+        Finding(
+            f"{condition.title}, see other settings: all tasks, against no speculation",
+            "; ".join(
+                f"{cell.policy} {cell.speedup - 1:+.1%}{_within(cell)}"
+                for cell in cells
+                if cell.speedup is not None and "[" not in cell.policy and cell.policy != BASELINE
+            ),
+        )
+        for condition, cells in totals(varied).items()
+    ]
 
 
 def _ablations(rows: Sequence[Row]) -> list[Finding]:

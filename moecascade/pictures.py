@@ -41,6 +41,7 @@ def pictures(
     rows: Sequence[Row],
     cells: Sequence[Cell],
     varied: Sequence[Cell],
+    aside: str,
     points: Sequence[analysis.UtilityPoint],
 ) -> list[Picture]:
     """Return the figures that the rows allow.
@@ -49,6 +50,7 @@ def pictures(
         rows: The requests.
         cells: Their speed-ups, but for
         varied: those of runs that vary a policy's settings.
+        aside: The servers' flags in those runs.
         points: Of utility against speed-up.
     """
     made: list[Picture] = []
@@ -66,7 +68,7 @@ def pictures(
                 lambda narrow: figures.step_times(curves, narrow),
             )
         )
-    made += _speedups(cells, varied)
+    made += _speedups(cells, varied, aside)
     squared = analysis.r_squared(points)
     if squared is not None:
         made.append(
@@ -154,7 +156,7 @@ def pictures(
     return made
 
 
-def _speedups(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Picture]:
+def _speedups(cells: Sequence[Cell], varied: Sequence[Cell], aside: str) -> list[Picture]:
     """Return an overview of the conditions, then each of them, one request at a time."""
     made: list[Picture] = []
     together = {
@@ -171,15 +173,16 @@ def _speedups(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Picture]:
                 lambda narrow: figures.speedups(together, narrow),
             )
         )
-    for name, title, some in (
-        ("speedups", "Speed-up over no speculation", cells),
-        ("settings", "Other settings of policies", varied),
+    with_flags = f"{INTERVALS} Servers ran with {aside}." if aside else INTERVALS
+    for name, title, caption, some in (
+        ("speedups", "Speed-up over no speculation", INTERVALS, cells),
+        ("settings", "Other settings of policies", with_flags, varied),
     ):
         made += [
             Picture(
                 f"{name}-{_slug(condition)}",
                 f"{title}: {condition.title}",
-                INTERVALS,
+                caption,
                 lambda narrow, panels=panels: figures.speedups(panels, narrow),  # type: ignore[misc]
             )
             for condition, panels in by_workload(some).items()

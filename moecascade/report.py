@@ -6,7 +6,7 @@ Everything in it follows from rows (`moecascade.rows`); nothing is measured or k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from statistics import geometric_mean
@@ -29,7 +29,8 @@ class Report:
         found: The results that it is made from.
         rows: Their rows.
         cells: Speed-ups over the baseline, but for
-        varied: those of runs that vary a policy's settings, which may be of other lengths.
+        varied: those of runs that vary a policy's settings, which may differ in other ways too.
+        aside: The servers' flags in those runs.
         pictures: The figures.
         findings: The headline: what was measured, beside the paper's figure where there is one.
     """
@@ -38,6 +39,7 @@ class Report:
     rows: Sequence[Row]
     cells: Sequence[Cell]
     varied: Sequence[Cell]
+    aside: str
     pictures: Sequence[Picture]
     findings: Sequence[Finding]
 
@@ -66,17 +68,24 @@ def build(found: Sequence[results.Results]) -> Report:
         ConfigError: They hold no measurements under the baseline.
     """
     try:
-        rows = [from_json(values) for part in found for values in part.rows]
+        parts = [[from_json(values) for values in part.rows] for part in found]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the results' rows are of another version ({error})") from None
+    rows = [row for part in parts for row in part]
     runs = {row.run for row in rows if policies.parse(row.policy)[2]}
+    flags = dict.fromkeys(
+        " ".join(map(str, part.arguments.get("flags") or ()))
+        for part, its in zip(found, parts, strict=True)
+        if any(row.run in runs for row in its)
+    )
+    aside = "; ".join(filter(None, flags))
     varied = summarise([row for row in rows if row.run in runs]) if runs else []
     rest = [row for row in rows if row.run not in runs]
     cells = summarise(rest) if rest or not runs else []
     points = analysis.utility_points(rows)
-    drawn = pictures(rows, cells, varied, points)
-    said = findings(rows, [*cells, *varied], points)
-    return Report(found, rows, cells, varied, drawn, said)
+    drawn = pictures(rows, cells, varied, aside, points)
+    said = findings(rows, rest, cells, varied, points)
+    return Report(found, rows, cells, varied, aside, drawn, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +127,14 @@ class Table:
         columns: Their heads.
         lines: A line for each policy.
         best: For each column the highest speed-up, to be emphasised.
+        note: Flags that its servers ran with.
     """
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     best: tuple[float, ...]
+    note: str = ""
 
 
 def tables(report: Report) -> list[Table]:
@@ -132,7 +143,7 @@ def tables(report: Report) -> list[Table]:
     made = [_table("All tasks together", together, summed=False)] if len(together) > 1 else []
     made += [_table(c.title, found) for c, found in by_workload(report.cells).items()]
     made += [
-        _table(f"Other settings: {c.title}", found)
+        replace(_table(f"Other settings: {c.title}", found), note=report.aside)
         for c, found in by_workload(report.varied).items()
     ]
     return made
@@ -221,7 +232,8 @@ def markdown(report: Report) -> str:
     lines = ["| | this run | the paper |", "| --- | --- | --- |"]
     lines += [f"| {f.what} | {f.ours} | {f.paper} |" for f in report.findings]
     for table in tables(report):
-        lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval", ""]
+        note = f"; servers with `{table.note}`" if table.note else ""
+        lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval{note}", ""]
         lines += markdown_table(table)
     lines.append("")
     for part in _parts(report):

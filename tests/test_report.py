@@ -201,6 +201,8 @@ def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results
     assert titles[-1] == "Other settings: local, temperature 0.8"
     assert "settings-local-t08" in {picture.name for picture in whole.pictures}
     assert any(f.what == "cascade over cascade[backoff=1]" for f in whole.findings)
+    only = report.build([replace(found, rows=other)])
+    assert [table.title for table in report.tables(only)] == titles[-2:]
 
 
 def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results.Results) -> None:
@@ -227,7 +229,7 @@ def test_a_finding_says_when_it_is_within_the_noise(rows: list[Row]) -> None:
         for row in same
         if row.policy == "cascade"
     ]
-    made = findings([*same, *twin], summarise([*same, *twin]), [])
+    made = findings([*same, *twin], [*same, *twin], summarise([*same, *twin]), [], [])
     (line,) = [f.ours for f in made if f.what == "marginal over cascade"]
     assert "within the noise" in line
 
