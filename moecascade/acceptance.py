@@ -13,7 +13,7 @@ smaller with each category's evidence (AdaGrad).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp, sqrt
 
@@ -23,7 +23,9 @@ RATE = 0.3  # size of a first step; replay is flat between 0.2 and 0.6
 FADE = 0.8  # memory of a request's hits, a draft
 START = -0.6  # log-odds before anything is known: rather too low, for a first draft is a risk
 HITS = 0.3  # share of hits of a request that has had no draft yet
+FURTHER = 0.8, 5.0  # guess of a token's chance after right ones, and its weight in drafts
 
+KEEP = 0.995  # of what is known of a place, a draft
 PAIRS = 1 << 16  # pairs of tokens that are told apart, so that memory is bounded
 
 Features = tuple[Hashable, ...]
@@ -66,6 +68,8 @@ class Acceptance:
         """Begin with no evidence."""
         self._weights: dict[Hashable, float] = {}
         self._evidence: dict[Hashable, float] = {}
+        self._right: dict[int, float] = {}  # by place in a draft, of those that were compared
+        self._tried: dict[int, float] = {}
 
     def predict(self, record: Record, draft: Sequence[int]) -> list[float]:
         """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
@@ -88,6 +92,19 @@ class Acceptance:
             before = token
         return survival
 
+    def prolonged(self, survival: Iterable[float], length: int) -> list[float]:
+        """Return a prediction prolonged to `length` tokens, those of which nothing is known yet.
+
+        A token there has the chance that tokens in its place have had, given those before it.
+        """
+        longer = list(survival)[:length]
+        guess, weight = FURTHER
+        while longer and len(longer) < length:
+            place = len(longer)
+            right, tried = self._right.get(place, 0.0), self._tried.get(place, 0.0)
+            longer.append(longer[-1] * (right + guess * weight) / (tried + weight))
+        return longer
+
     def learn(self, record: Record, tokens: Sequence[int]) -> None:
         """Take the tokens that were generated: score the draft, learn, extend the text."""
         if record.shadow is not None and not self._score(record, record.shadow, tokens):
@@ -101,6 +118,8 @@ class Acceptance:
             hit = drafted == token
             place = _place(i, shadow.before, drafted, shadow.features)
             self._step((*shadow.features, *place), hit)
+            self._right[i] = KEEP * self._right.get(i, 0.0) + hit
+            self._tried[i] = KEEP * self._tried.get(i, 0.0) + 1.0
             shadow.scored, shadow.before = i + 1, drafted
             if not hit or shadow.scored == len(shadow.tokens):
                 _remember(record, i + hit)

@@ -2,7 +2,8 @@
 
 Step time hardly depends on whose tokens are verified, so every decode step teaches it: T(p) seconds
 for p positions, a step of n requests and D drafts having n + D. Before anything is known the curve
-has the shape of the expert union (`expert_union`); measurements bend it where they are.
+has the shape of the expert union (`expert_union`); measurements bend it where they are. Where a
+model drafts, each of its passes adds the same to the step at whose end it drafts.
 """
 
 from __future__ import annotations
@@ -54,9 +55,14 @@ class CostModel:
     every = 8  # after this many steps
     pauses = 3  # in a row; after them the machine has become slower
 
+    first_pass = 0.1  # a drafter's pass before any was seen, in units of the prior: T(1) is 1, and
+    pass_belief = 2.0  # its weight, in measurements
+
     def __init__(self, experts: int = 8, top_k: int = 2, share: float = 0.45) -> None:
         """Start from the prior alone."""
         self._experts, self._top_k, self._share = experts, top_k, share
+        self._pass = self.first_pass
+        self._pass_weight = self.pass_belief
         self._level: float | None = None
         self._weight: dict[int, float] = {}  # by class of positions, see `_class_of`
         self._ratio: dict[int, float] = {}
@@ -67,14 +73,15 @@ class CostModel:
         self._curve: Array | None = None
         self._reach(2 * EXACT)
 
-    def observe(self, positions: int, seconds: float) -> None:
-        """Learn from a decode step."""
+    def observe(self, positions: int, seconds: float, passes: int = 0) -> None:
+        """Learn from a decode step, at whose end a drafter made `passes` (`Step.passes`)."""
         prior = self._priors.get(positions)
         if prior is None:
             prior = self._priors[positions] = float(self._prior(positions))
         if self._level is None:
-            self._level = seconds / prior
-        surprise = seconds / (self._level * self.relative(positions))
+            self._level = seconds / (prior + self._pass * passes)
+        expected = self.relative(positions) + self._pass * passes
+        surprise = seconds / (self._level * expected)
         if surprise > self.outlier and self._doubted < self.pauses:
             self._doubted += 1
             return
@@ -83,7 +90,7 @@ class CostModel:
             surprise = 1.0
         self._doubted = 0
         near = _class_of(positions)
-        ratio = seconds / (self._level * prior)
+        ratio = self._without_passes(positions, seconds / self._level, passes) / prior
         weight = self._weight.get(near, 0.0)
         self._weight[near] = weight = min(weight + 1.0, self.memory)
         before = self._ratio.get(near, ratio)
@@ -95,13 +102,33 @@ class CostModel:
             self._curve = None
             self._costs.clear()
 
+    def _without_passes(self, positions: int, time: float, passes: int) -> float:
+        """Learn what passes take; return what the step took without them.
+
+        Both are learnt from the same steps. That tells them apart, for how many tokens are drafted
+        and how many verified varies.
+        """
+        if not passes:
+            return time
+        target = self.relative(positions)
+        self._pass_weight = min(self._pass_weight + 1.0, self.memory)
+        found = max(0.0, time - target) / passes
+        self._pass += (found - self._pass) / self._pass_weight
+        return max(time - self._pass * passes, 0.5 * target)
+
     def relative(self, positions: int) -> float:
         """Return T(p) in units that are the same for all p."""
         return float(self._reaching(positions)[positions - 1])
 
-    def seconds(self, positions: int) -> float | None:
-        """Return T(p), None before the first step."""
-        return None if self._level is None else self._level * self.relative(positions)
+    def seconds(self, positions: int, passes: int = 0) -> float | None:
+        """Return T(p) and the time of a drafter's passes; None before the first step."""
+        if self._level is None:
+            return None
+        return self._level * (self.relative(positions) + self._pass * passes)
+
+    def pass_cost(self, requests: int) -> float:
+        """Return the time of one pass of the drafter over T(n), a step without drafts."""
+        return self._pass / self.relative(requests)
 
     def cost(self, requests: int, drafts: int) -> float:
         """Return T(n + D) / T(n): a step with drafts over one without. Never below 1."""

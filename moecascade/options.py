@@ -32,7 +32,7 @@ class ServerOptions:
         trace_tokens: Whether traces hold token ids. They are what users and model said.
     """
 
-    policy: str = "cascade"
+    policy: str = "marginal"
     options: Mapping[str, Any] = field(default_factory=dict)
     request_options: bool = True
     step_log: str = ""

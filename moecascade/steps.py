@@ -42,11 +42,14 @@ class Step:
         decode: Whether every request in the batch was decoding. A step with prefill in it says
             nothing about the time of decoding.
         requests: The requests of the batch, each with what it did.
+        passes: How often a model drafter ran at the end of this step, beyond the once that it runs
+            in any case: one less than the tokens that it drafted. 0 for drafters without a model.
     """
 
     seconds: float | None
     decode: bool
     requests: tuple[RequestStep, ...]
+    passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ def test_bad_configuration_is_refused_with_value_and_remedy(config: Any, words: 
 def test_no_configuration_is_sensible() -> None:
     nothings: list[Any] = [None, {}, {"other_plugin": {"x": 1}}, {"cascade": {}}]
     for nothing in nothings:
-        assert server_options(nothing, 8) == ServerOptions(policy="cascade")
+        assert server_options(nothing, 8) == ServerOptions(policy="marginal")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise, product
 
 import numpy as np
@@ -157,6 +158,20 @@ def test_the_cost_model_follows_a_change_and_a_slower_machine() -> None:
             assert model.cost(1, k) == pytest.approx(1 + factor * k, rel=0.1)
 
 
+def test_costs_of_drafting_and_of_verifying_are_told_apart() -> None:
+    """Here a drafter made 0 to 3 passes, and others than the drafts it then verified."""
+    rng = random.Random(1)
+    model = CostModel()
+    for _ in range(400):
+        k, passes = rng.randrange(4), rng.randrange(4)
+        seconds = 0.04 * (1 + 0.25 * k + 0.3 * passes)
+        model.observe(1 + k, seconds * rng.lognormvariate(0, 0.05), passes)
+    assert model.pass_cost(1) == pytest.approx(0.3, rel=0.1)
+    for k in range(4):
+        assert model.cost(1, k) == pytest.approx(1 + 0.25 * k, rel=0.1)
+        assert model.seconds(1 + k, 2) == pytest.approx(0.04 * (1.6 + 0.25 * k), rel=0.1)
+
+
 def drafts(policy: Marginal, chances: dict[str, list[float]]) -> dict[str, int]:
     """Return the K of each request where acceptance is predicted as given."""
     policy._acceptance.predict = lambda record, draft: by_record[id(record)]  # type: ignore[method-assign]
@@ -267,19 +282,88 @@ def test_a_request_that_has_lost_has_to_be_surer() -> None:
     assert policy.decide([Proposal("r", [0, 0, 0])])[0].k == 0
 
 
-def test_a_model_drafter_is_asked_seldom_while_off_and_for_more_than_was_used() -> None:
-    policy = create("marginal", 8)
-    assert isinstance(policy, Marginal)
-    policy.add("r", 8, [1, 2, 3])
-    asked = []
-    for i in range(33):
-        asked.append(policy.lookahead("r"))
-        policy.observe(Step(0.02, True, (RequestStep("r", 0, 1, [1000 + i]),)))
-    assert 3 <= sum(k > 0 for k in asked) <= 5
-    policy._requests["r"].k = 5
-    assert policy.lookahead("r") == 7
-    policy._requests["r"].k = 8
-    assert policy.lookahead("r") == 8
+def served(
+    spec: str, chances: Sequence[float], pass_cost: float, requests: int = 40
+) -> tuple[float, float]:
+    """Serve requests with a model drafter: the speed-up, and the tokens drafted a step.
+
+    The requests in turn have `chances` that a drafted token is right; their text has no pattern.
+    """
+    rng = random.Random(0)
+    policy = create(spec, 5)
+    tokens, time, ahead, steps = 0, 0.0, 0, 0
+    for i in range(requests):
+        name, chance = str(i), chances[i % len(chances)]
+        output = [rng.randrange(5000) for _ in range(100)]
+        policy.add(name, 5, [rng.randrange(50) for _ in range(50)])
+        drafted = policy.lookahead(name)
+        policy.observe(Step(None, False, (RequestStep(name, 0, 1, output[:1]),)))
+        at = 1
+        while at < len(output):
+            draft = [
+                token if rng.random() < chance else 5000 + token
+                for token in output[at : at + drafted]
+            ]
+            k = min(policy.decide([Proposal(name, draft)])[0].k, len(draft))
+            right = 0
+            while right < k and draft[right] == output[at + right]:
+                right += 1
+            emitted = output[at : at + right + 1]
+            drafted = policy.lookahead(name)
+            passes = max(0, drafted - 1)
+            cost = (1.0, 1.28, 1.55, 1.75, 1.95, 2.1)[k] + pass_cost * passes
+            cost *= rng.lognormvariate(0, 0.03)
+            part = RequestStep(name, k, len(emitted), emitted)
+            policy.observe(Step(0.04 * cost, True, (part,), passes))
+            tokens, time, at = tokens + len(emitted), time + cost, at + len(emitted)
+            ahead, steps = ahead + drafted, steps + 1
+        policy.drop(name)
+    return tokens / time, ahead / steps
+
+
+@pytest.mark.parametrize("pass_cost", [0.05, 0.3])
+@pytest.mark.parametrize("chances", [(0.1,), (0.45,), (0.85,), (0.2, 0.8)], ids=str)
+def test_a_model_drafter_is_used_about_as_well_as_by_the_best_static_k(
+    chances: tuple[float, ...], pass_cost: float
+) -> None:
+    best = max(served(f"static:{k}", chances, pass_cost)[0] for k in range(1, 6))
+    found, _ = served("marginal", chances, pass_cost)
+    assert found >= 0.96 * max(1.0, best)
+
+
+def test_a_model_drafts_further_where_its_passes_pay() -> None:
+    _, seldom_right = served("marginal", (0.1,), 0.05)
+    _, dear = served("marginal", (0.85,), 0.3)
+    _, cheap = served("marginal", (0.85,), 0.02)
+    assert seldom_right < 1.2
+    assert dear < 1.5
+    assert cheap > 3.0
+
+
+@pytest.mark.parametrize("crowd", [0, 8])
+def test_a_batch_is_drafted_for_if_it_pays_for_all_together(crowd: int) -> None:
+    """A pass delays all; one request whose drafts are right cannot pay for seven."""
+    lengths = {}
+    for good in (1, 8):
+        policy = create("marginal", 4, {"crowd": crowd})
+        names = [f"r{i}" for i in range(8)]
+        for name in names:
+            policy.add(name, 4, [1, 2, 3])
+        drafted = 0
+        for i in range(300):
+            text = [10 * i + j for j in range(5)]
+            drafts = [text[:drafted] if j < good else [-1] * drafted for j in range(len(names))]
+            ks = [d.k for d in policy.decide(list(map(Proposal, names, drafts)))]
+            drafted = max(policy.lookahead(name) for name in names)
+            passes = max(0, drafted - 1)
+            emitted = [1 + k * (j < good) for j, k in enumerate(ks)]
+            parts = tuple(
+                RequestStep(name, k, n, text[:n])
+                for name, k, n in zip(names, ks, emitted, strict=True)
+            )
+            policy.observe(Step(0.02 * (1 + 0.01 * sum(ks) + 0.2 * passes), True, parts, passes))
+        lengths[good] = drafted
+    assert lengths == {1: 1, 8: 4}
 
 
 def test_caps_hold_and_nothing_is_left_of_dropped_requests() -> None:

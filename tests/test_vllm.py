@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from moecascade import policies, traces
+from moecascade.options import ServerOptions
 from moecascade.policies import register
 from moecascade.steps import Decision, Proposal, Step
 from tests.conftest import MAX_K, Engine
@@ -225,7 +226,7 @@ def test_bad_request_options_fall_back_to_the_server_s_policy_raises(engine: Eng
     for bad in (policy("no-such"), {"cascade_max_k": 99}, {"cascade_polcy": "off"}):
         outputs, steps = engine.generate_logged(PROMPTS[:1], bad)
         assert outputs == reference
-        assert {r["policy"] for s in steps for r in s["requests"]} == {"cascade"}
+        assert {r["policy"] for s in steps for r in s["requests"]} == {ServerOptions().policy}
     assert engine.scheduler.cascade_faults["request options"] >= 3
 
 
@@ -261,6 +262,9 @@ def test_a_model_drafter_drafts_no_further_than_wanted(draft_model_engine: Engin
         seen.clear()
         engine.generate(PROMPTS[:2], policy("static:2"), max_tokens=16)
         assert {drafted for _, drafted in seen if drafted} == {2}
+        seen.clear()
+        engine.generate(PROMPTS[:1], policy("marginal"), max_tokens=16)
+        assert min(drafted for _, drafted in seen) >= 1  # the first token is free
     finally:
         del scheduler.schedule
     assert MAX_K > 2

@@ -28,8 +28,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Who chooses K for requests that do not say: cascade (the default), off, "
-            "or static:K.",
+            help="Who chooses K for requests that do not say: marginal (the default), cascade "
+            "(the paper's), off, or static:K.",
         ),
     ] = None,
     max_k: Annotated[

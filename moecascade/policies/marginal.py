@@ -18,6 +18,9 @@ that maximises worth less delay.
 Reading the text of a request takes some forty microseconds a step. In a crowd, a batch of more than
 `crowd` requests, drafts are judged by how the request's last ones fared (`moecascade.history`), and
 lambda is the rate of the whole batch, which makes its throughput highest.
+
+Where a model drafts, each of its passes costs time too, whether anybody verifies what they draft or
+not; `moecascade.drafting` says how many are worth it.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ import numpy as np
 from moecascade.acceptance import Acceptance, Record
 from moecascade.context import Text
 from moecascade.costmodel import Array, CostModel
+from moecascade.drafting import Drafting
 from moecascade.errors import ConfigError
 from moecascade.history import FIRST, History
 from moecascade.steps import Decision, Proposal, Step
 from moecascade.utility import cost_share
 
-AHEAD = 2  # tokens that a model drafter drafts beyond the last K
-LOOK_EVERY = 8  # steps at K = 0 from one of its drafts to the next
+CROWD_LOOKS = 8  # steps from one look at how far to draft for a crowd to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,6 @@ class _Request:
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
     survival: Sequence[float] | Array = ()
     k: int = 0
-    idle: int = 0  # steps since the last with drafts
     state: int = FIRST  # of its history
     draft: Sequence[int] = ()  # the latest, while history judges
 
@@ -134,6 +136,9 @@ class Marginal:
         self._others = 0  # requests under other policies in the last step
         self._crowded = False  # whether history made the last decisions
         self._batch = (1, 0)  # requests and drafts of the step that was last decided about
+        self._drafting: Drafting | None = None  # made for the first model drafter
+        self._ahead = 0  # tokens that it is to draft, and
+        self._ahead_for = 0  # steps for which that was decided
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Keep the prompt; expect the rate of all requests."""
@@ -160,6 +165,7 @@ class Marginal:
         self._crowded = crowded
         ks = (self._in_crowd if crowded else self._by_text)(proposals, requests)
         self._batch = (len(proposals) + self._others, sum(ks))
+        self._ahead_for -= 1
         for r, k in zip(requests, ks, strict=True):
             r.k = k
             if r.decision.k != k:  # making one takes as long as all else here
@@ -221,8 +227,10 @@ class Marginal:
         drafted = sum(part.drafted for part in step.requests)
         cost = None
         if step.decode and step.seconds is not None:
-            self._costs.observe(n + drafted, step.seconds)
+            self._costs.observe(n + drafted, step.seconds, step.passes)
             cost = self._costs.cost(n, drafted)
+            if step.passes:
+                cost += step.passes * self._costs.pass_cost(n)
         learn = self._learn_history if self._crowded else self._learn_text
         self._others = n - learn(step, cost, drafted)
 
@@ -235,11 +243,12 @@ class Marginal:
                 continue
             mine += 1
             self._acceptance.learn(r.record, part.tokens)
-            r.idle = 0 if part.drafted else r.idle + 1
             if cost is not None:
                 r.rate.add(part.emitted, cost, self._keep)
                 if part.drafted:
                     r.lost += cost_share(cost, 1.0, n, part.drafted, drafted) - part.emitted
+                elif not drafted:
+                    r.lost += cost - 1.0  # what the drafter's passes took
                 self._rate.add(part.emitted, cost, 0.999)
         return mine
 
@@ -258,7 +267,6 @@ class Marginal:
                 r.state = history.learn(r.state, r.draft, part.tokens)
                 r.draft = ()
             r.record.unread.extend(part.tokens)
-            r.idle = 0 if part.drafted else r.idle + 1
         history.step()
         if cost is not None and mine:
             self._batch_rate.add(emitted / mine, cost, self._keep)
@@ -270,27 +278,42 @@ class Marginal:
         return r.rate.value * (1.0 + (max(0.0, r.lost) / self._settings.patience) ** 2)
 
     def lookahead(self, request_id: str) -> int:
-        """Return a little more than was used; while off, a short draft now and then.
+        """Return how far to draft for the whole batch; see `Drafting`."""
+        if self._drafting is None:
+            self._drafting = Drafting(self._max_k)
+        if self._ahead_for <= 0:
+            self._ahead_for = CROWD_LOOKS if self._crowded else 1
+            self._ahead = self._draft_length(self._drafting)
+        return min(self._ahead, self._requests[request_id].max_k)
 
-        Where drafts cost nothing they come at full length whatever this says, and all of them
-        teach. A model's drafts cost time even if nobody verifies them.
-        """
-        r = self._requests[request_id]
-        if r.k:
-            return min(r.k + AHEAD, r.max_k)
-        return 0 if r.idle % LOOK_EVERY else min(AHEAD, r.max_k)
+    def _draft_length(self, drafting: Drafting) -> int:
+        n, _ = self._batch
+        worths = []
+        for r in self._requests.values():
+            if len(r.survival):
+                longer = self._acceptance.prolonged(r.survival, self._max_k)
+                rate = self._batch_rate.value if self._crowded else self._price(r)
+                slots = np.array(longer) / rate
+                slots[r.max_k :] = 0.0
+                worths.append(slots)
+        if worths:
+            worth = np.array(worths)
+            drafting.consider(worth, n * (self._costs.costs(n, worth.size) - 1.0))
+        return drafting.length(n * self._costs.pass_cost(n))
 
     def explain(self, request_id: str) -> Mapping[str, Any]:
         """Return K, what is expected of the step, lambda, survival, and the cost of each K."""
         r = self._requests[request_id]
         tokens = 1.0 + float(sum(r.survival[: r.k]))
         n, drafts = self._batch
-        cost = cost_share(self._costs.cost(n, drafts), 1.0, n, r.k, drafts)
+        passes = max(0, self._ahead - 1)
+        cost = self._costs.cost(n, drafts) + passes * self._costs.pass_cost(n)
+        cost = cost_share(cost, 1.0, n, r.k, drafts)
         return {
             "k": r.k,
             "utility": tokens / cost,
             "expected_tokens": tokens,
-            "expected_seconds": self._costs.seconds(n + drafts),
+            "expected_seconds": self._costs.seconds(n + drafts, passes),
             "lambda": self._batch_rate.value if self._crowded else self._price(r),
             "lost": r.lost,
             "survival": [float(chance) for chance in r.survival],

@@ -203,6 +203,11 @@ def limit_drafting(output: SchedulerOutput, k: int) -> None:
     output.num_spec_tokens_to_schedule = k
 
 
+def drafter_passes(output: SchedulerOutput) -> int:
+    """Return how often a model drafter runs at the end of a step beyond once (`Step.passes`)."""
+    return max(0, int(output.num_spec_tokens_to_schedule) - 1)
+
+
 def repair_cpu_sampling() -> None:
     """Let a CPU build of vLLM verify sampled drafts at the request's own temperature.
 

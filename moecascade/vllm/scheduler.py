@@ -160,7 +160,8 @@ class Scheduler(VllmScheduler):
                 for tokens in [compat.emitted(results, request_id)]
             )
             decode = compat.is_decode(output) and all(part.emitted for part in parts)
-            step = Step(None if began is None else now - began, decode, parts)
+            passes = compat.drafter_passes(output) if self._drafts_cost else 0
+            step = Step(None if began is None else now - began, decode, parts, passes)
             if self._step_log is not None:
                 ids = [part.request_id for part in parts]
                 policy_of = {request_id: self.controller.spec(request_id) for request_id in ids}
