@@ -139,7 +139,7 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """Return a table for each condition, in order of appearance, before them one of all."""
-    together = {c.title: found for c, found in totals(report.cells).items()}
+    together = {c.head: found for c, found in totals(report.cells).items()}
     made = [_table("All tasks together", together, summed=False)] if len(together) > 1 else []
     made += [_table(c.title, found) for c, found in by_workload(report.cells).items()]
     made += [
@@ -183,7 +183,11 @@ def html(report: Report) -> str:
         narrow = figures.svg(picture.draw(True), f"{picture.name}-narrow")
         drawn.append((picture, wide, narrow))
     return environment.from_string(template).render(
-        report=report, pictures=drawn, tables=tables(report), parts=_parts(report)
+        report=report,
+        pictures=drawn,
+        tables=tables(report),
+        parts=_parts(report),
+        models=list(dict.fromkeys(cell.condition.model for cell in report.cells)),
     )
 
 

@@ -43,6 +43,12 @@ class Condition:
         flight = "" if self.concurrency == 1 else f", {self.concurrency} requests in flight"
         return f"{self.model}, temperature {self.temperature:g}{flight}"
 
+    @property
+    def head(self) -> str:
+        """The same in fewer, for the head of a column."""
+        flight = "" if self.concurrency == 1 else f", {self.concurrency} at once"
+        return f"{self.model}, T = {self.temperature:g}{flight}"
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:

@@ -45,7 +45,7 @@ def findings(made: Report) -> list[str]:
 def overview(made: Report) -> list[str]:
     """Return speed-ups of all tasks together, one request at a time."""
     across = {c: cells for c, cells in totals(made.cells).items() if c.concurrency == 1}
-    return _table(across, lambda c: f"{c.model}, T = {c.temperature:g}")
+    return _table(across, lambda c: c.head)
 
 
 def crowd(made: Report) -> list[str]:
@@ -61,7 +61,7 @@ def crowd(made: Report) -> list[str]:
 
 def settings(made: Report) -> list[str]:
     """Return speed-ups of a policy's other settings, all tasks together."""
-    return _table(totals(made.varied), lambda c: f"{c.model}, T = {c.temperature:g}")
+    return _table(totals(made.varied), lambda c: c.head)
 
 
 def foresight(made: Report) -> list[str]:

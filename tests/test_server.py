@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -220,7 +220,19 @@ def test_a_free_port_can_be_used():
     server.check_port("127.0.0.1", server.free_port())
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C reach what a test starts, also where this runs in the background of a shell.
+
+    Shells start what is to run there with SIGINT ignored, and children inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.engine
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("moment", ["start-up", "measuring"])
 def test_ctrl_c_ends_the_demo_and_leaves_no_process(tmp_path: Path, mark: str, moment: str):
     log = tmp_path / "server-local-off.log"
