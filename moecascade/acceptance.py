@@ -6,9 +6,10 @@ as often as rejection sampling would accept it, for a drafter that does not samp
 nothing is lost by looking only. No verification is ever needed to learn.
 
 The chance that token i of a draft is accepted, given that those before it were, is a logistic
-function of a few categories of its context, its place in the draft, and how the request's last
-drafts fared. Weights are shared by all requests and follow the outcomes by gradient steps that get
-smaller with each category's evidence (AdaGrad).
+function of a few categories of its context, its place in the draft, how the request's last drafts
+fared, and what the target wrote after the same words elsewhere (`moecascade.phrases`). Weights are
+shared by all requests and follow the outcomes by gradient steps that get smaller with each
+category's evidence (AdaGrad).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from math import exp, sqrt
 
 from moecascade.context import Context, Text
+from moecascade.phrases import REACH, Phrases
 
-RATE = 0.3  # size of a first step; replay is flat between 0.2 and 0.6
+RATE = 0.5  # size of a first step; replay is flat between 0.3 and 0.8
 FADE = 0.8  # memory of a request's hits, a draft
 START = -0.6  # log-odds before anything is known: rather too low, for a first draft is a risk
 HITS = 0.3  # share of hits of a request that has had no draft yet
@@ -29,6 +31,11 @@ KEEP = 0.995  # of what is known of a place, a draft
 PAIRS = 1 << 16  # pairs of tokens that are told apart, so that memory is bounded
 
 Features = tuple[Hashable, ...]
+# Categories of a single token are numbers, which are quick to make: kinds apart, then counted.
+_KINDS = 6
+_TOKEN, _BEFORE, _PAIR, _PLACE, _SHORTER, _LONGER = range(_KINDS)
+_MATCHES = 16  # more than there are classes of a match's length
+_NOTHING = (0.0,) * 16  # weights of categories never seen, at least as many as there are kinds
 
 
 @dataclass(slots=True)
@@ -36,9 +43,12 @@ class _Shadow:
     """A draft that waits for the tokens it will be compared with."""
 
     tokens: Sequence[int]
-    before: int  # the token that the draft follows
-    features: Features
+    features: Features  # that hold for all of its tokens, and
+    own: list[Features]  # for each of them
+    common: float  # log-odds that all have from `features`
     scored: int = 0
+    errors: float = 0.0  # of the chances that were predicted, summed, and
+    squares: float = 0.0  # their squares
 
 
 @dataclass(slots=True)
@@ -60,6 +70,11 @@ class Record:
     shadow: _Shadow | None = None
     unread: list[int] = field(default_factory=list)
 
+    def ending(self, count: int) -> Sequence[int]:
+        """Return the last tokens, read or not, at most `count`."""
+        unread = self.unread[-count:]
+        return self.text.ending(count - len(unread)) + unread if len(unread) < count else unread
+
 
 class Acceptance:
     """The predictor, shared by all requests of a policy."""
@@ -68,6 +83,7 @@ class Acceptance:
         """Begin with no evidence."""
         self._weights: dict[Hashable, float] = {}
         self._evidence: dict[Hashable, float] = {}
+        self._phrases = Phrases()
         self._right: dict[int, float] = {}  # by place in a draft, of those that were compared
         self._tried: dict[int, float] = {}
 
@@ -81,15 +97,17 @@ class Acceptance:
             record.unread.clear()
         context = record.text.context(draft[0])
         features = _features(record, context)
-        record.shadow = _Shadow(draft, context.before, features)
-        weights = self._weights
-        common = START + sum(weights.get(key, 0.0) for key in features)
-        survival, chance, before = [], 1.0, context.before
-        for i, token in enumerate(draft):
-            keys = _place(i, before, token, features)
-            chance *= _logistic(common + sum(weights.get(key, 0.0) for key in keys))
+        phrases = self._phrases.classes(record.text.ending(REACH), draft)
+        own = _own(draft, context, phrases)
+        if record.shadow is not None:
+            self._end(record.shadow)
+        weight = self._weights.get
+        common = START + sum(map(weight, features, _NOTHING))
+        record.shadow = _Shadow(draft, features, own, common)
+        survival, chance = [], 1.0
+        for keys in own:
+            chance /= 1.0 + exp(-common - sum(map(weight, keys, _NOTHING)))
             survival.append(chance)
-            before = token
         return survival
 
     def prolonged(self, survival: Iterable[float], length: int) -> list[float]:
@@ -109,35 +127,42 @@ class Acceptance:
         """Take the tokens that were generated: score the draft, learn, extend the text."""
         if record.shadow is not None and not self._score(record, record.shadow, tokens):
             record.shadow = None
+        self._phrases.learn(record.ending(REACH), tokens)
         record.unread.extend(tokens)
 
     def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:
         """Compare a draft with new tokens; return whether it has tokens left to compare."""
+        weight = self._weights.get
         for token in tokens:
-            i, drafted = shadow.scored, shadow.tokens[shadow.scored]
-            hit = drafted == token
-            place = _place(i, shadow.before, drafted, shadow.features)
-            self._step((*shadow.features, *place), hit)
+            i = shadow.scored
+            keys = shadow.own[i]
+            hit = shadow.tokens[i] == token
+            odds = shadow.common + sum(map(weight, keys, _NOTHING))
+            error = 1.0 / (1.0 + exp(-odds)) - hit
+            square = error * error
+            self._move(keys, error, square)
+            shadow.errors += error
+            shadow.squares += square
             self._right[i] = KEEP * self._right.get(i, 0.0) + hit
             self._tried[i] = KEEP * self._tried.get(i, 0.0) + 1.0
-            shadow.scored, shadow.before = i + 1, drafted
+            shadow.scored += 1
             if not hit or shadow.scored == len(shadow.tokens):
+                self._end(shadow)
                 _remember(record, i + hit)
                 return False
         return True
 
-    def _step(self, keys: Features, hit: bool) -> None:
-        """Move the weights towards an outcome."""
+    def _end(self, shadow: _Shadow) -> None:
+        """Learn from a draft what is the same for all of its tokens: once for those compared."""
+        if shadow.scored:
+            self._move(shadow.features, shadow.errors, shadow.squares)
+
+    def _move(self, keys: Features, error: float, square: float) -> None:
+        """Move weights against an error, the less the more has been seen of each."""
         weights, evidence = self._weights, self._evidence
-        error = _logistic(START + sum(weights.get(key, 0.0) for key in keys)) - hit
-        square = error * error
         for key in keys:
-            seen = evidence[key] = evidence.get(key, 0.0) + square
-            weights[key] = weights.get(key, 0.0) - RATE * error / sqrt(1.0 + seen)
-
-
-def _logistic(z: float) -> float:
-    return 1.0 / (1.0 + exp(-z))
+            seen = evidence[key] = evidence.get(key, 1.0) + square
+            weights[key] = weights.get(key, 0.0) - RATE * error / sqrt(seen)
 
 
 def _remember(record: Record, right: int) -> None:
@@ -158,10 +183,29 @@ def _features(record: Record, context: Context) -> Features:
     )
 
 
-def _place(i: int, before: int, token: int, features: Features) -> Features:
-    """Return the categories of one token of a draft: its place, itself, and what it follows."""
-    pair = (before * 1_000_003 + token) % PAIRS
-    return i, (i, features[0]), ("token", token), ("before", before), ("pair", pair)
+def _own(
+    draft: Sequence[int], context: Context, phrases: Sequence[tuple[int, int]]
+) -> list[Features]:
+    """Return the categories of each token of a draft.
+
+    They are: its place; its place after such a match; itself; what it follows; both; and how it
+    stands to the phrases before it.
+    """
+    before, match = context.before, _PLACE + _KINDS * _step_of(context.agreeing)
+    own: list[Features] = []
+    for i, token in enumerate(draft):
+        own.append(
+            (
+                match + _KINDS * _MATCHES * i,
+                _TOKEN + _KINDS * token,
+                _BEFORE + _KINDS * before,
+                _PAIR + _KINDS * ((before * 1_000_003 + token) % PAIRS),
+                _SHORTER + _KINDS * phrases[i][0],
+                _LONGER + _KINDS * phrases[i][1],
+            )
+        )
+        before = token
+    return own
 
 
 _STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)

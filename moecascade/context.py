@@ -63,32 +63,35 @@ class Text:
                 ends[text[-2], text[-1]].append(len(text))
             text.append(token)
 
+    def ending(self, count: int) -> list[int]:
+        """Return the last tokens, at most `count`."""
+        return self._tokens[-count:] if count else []
+
     def context(self, token: int) -> Context:
         """Return the context of a draft whose first token is `token`."""
         text = self._tokens
         here = len(text)
         places = self._ends.get((text[-2], text[-1]), [])[-PLACES:] if here > 1 else []
-        longest = {True: 0, False: 0}
-        agreed, from_prompt = 0, False
+        agreeing, opposing, agreed, from_prompt = 0, 0, 0, False
+        third = text[-3] if here > 2 else -1
         for place in places:
-            agrees = text[place] == token
-            agreed += agrees
-            length = _match(text, place, here)
-            if length >= longest[agrees]:
-                longest[agrees] = length
-                if agrees:
-                    from_prompt = place < self._prompt_end
+            # Most matches end at once, and time is short.
+            length = _match(text, place, here) if place > 2 and text[place - 3] == third else 2
+            if text[place] == token:
+                agreed += 1
+                if length >= agreeing:
+                    agreeing, from_prompt = length, place < self._prompt_end
+            elif length > opposing:
+                opposing = length
         before = text[-1] if text else -1
-        return Context(longest[True], longest[False], len(places), agreed, from_prompt, before)
+        return Context(agreeing, opposing, len(places), agreed, from_prompt, before)
 
 
 def _match(text: Sequence[int], place: int, here: int) -> int:
-    """Return how many tokens before `place` equal those before `here`, two at least being known."""
+    """Return how many tokens before `place` equal those before `here`, three being known."""
     furthest = min(REACH, place)
-    length = 2
-    if length == furthest or text[place - 3] != text[here - 3]:
-        return length
-    step = 16  # most matches end at once; the others are found by halving, with whole slices
+    length = 3
+    step = 16  # found by halving, with whole slices
     while step:
         longer = length + step
         if longer <= furthest and text[place - longer : place] == text[here - longer : here]:

@@ -15,6 +15,8 @@ from moecascade.acceptance import Acceptance, Record
 from moecascade.context import PLACES, REACH, Text
 from moecascade.costmodel import EXACT, CostModel, expert_union
 from moecascade.history import FIRST, History
+from moecascade.phrases import CLASSES, SLOTS, Phrases
+from moecascade.phrases import REACH as PHRASE
 from moecascade.policies import create
 from moecascade.policies.marginal import Marginal
 from moecascade.steps import Proposal, RequestStep, Step
@@ -273,13 +275,71 @@ def test_a_crowd_that_thins_out_is_judged_by_its_text_again() -> None:
     assert policy._requests["a"].record.unread == []
 
 
-def test_a_request_that_has_lost_has_to_be_surer() -> None:
+def test_a_request_that_has_lost_what_it_may_drafts_no_more() -> None:
     policy = create("marginal", 8)
     assert isinstance(policy, Marginal)
     chances = {"r": [0.75, 0.7, 0.6]}
     assert drafts(policy, chances)["r"] > 0
     policy._requests["r"].lost = 20.0
     assert policy.decide([Proposal("r", [0, 0, 0])])[0].k == 0
+
+
+@pytest.mark.parametrize("crowd", [1, 4])
+def test_whatever_it_expects_a_request_never_loses_more_than_it_may(
+    crowd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every draft is thought to be right and is wrong: the worst that can happen."""
+    policy = create("marginal", 8)
+    assert isinstance(policy, Marginal)
+    monkeypatch.setattr(Acceptance, "predict", lambda self, record, draft: [0.99] * len(draft))
+    names = [str(i) for i in range(crowd)]
+    for name in names:
+        policy.add(name, 8, [1, 2, 3])
+    drafted_at = []
+    for at in range(400):
+        ks = {d.request_id: d.k for d in policy.decide([Proposal(n, [7] * 8) for n in names])}
+        positions = crowd + sum(ks.values())
+        parts = tuple(RequestStep(name, k, 1, [at]) for name, k in ks.items())
+        policy.observe(Step(0.01 * (0.7 + 0.3 * positions), True, parts))
+        drafted_at += [at for k in ks.values() if k]
+        for name in names:
+            r = policy._requests[name]
+            assert r.lost <= 0.03 * max(100, r.tokens) + 0.5  # costs are still being learnt
+    assert drafted_at[0] == 0  # it was fooled,
+    assert drafted_at[-1] > 200  # and it did not give up: what may be lost grows with the text
+
+
+def test_phrases_tell_what_followed_them_always_sometimes_and_never() -> None:
+    phrases = Phrases()
+    for i in range(6):
+        phrases.learn([9, 1, 2], [3, 5 if i % 2 else 6])
+    always, never = (phrases.classes([8, 9, 1, 2], [token])[0][0] for token in (3, 4))
+    sometimes = phrases.classes([9, 1, 2, 3], [5])[0][0]
+    unknown = phrases.classes([9, 1, 2, 7], [5])[0]
+    assert unknown == (0, 0)
+    assert len({0, always, sometimes, never}) == 4
+    assert all(0 < c < CLASSES for c in (always, sometimes, never))
+
+
+@given(st.lists(st.integers(0, 5), min_size=12, max_size=30), st.integers(1, 11))
+def test_phrases_are_counted_alike_however_the_tokens_come(text: list[int], cut: int) -> None:
+    whole, parts = Phrases(), Phrases()
+    whole.learn([], text)
+    parts.learn([], text[:cut])
+    parts.learn(text[:cut][-PHRASE:], text[cut:])
+    assert whole.classes(text[-PHRASE:], text) == parts.classes(text[-PHRASE:], text)
+
+
+def test_phrases_fade_and_their_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecascade.phrases.HALVED_EVERY", 1000)
+    phrases = Phrases()
+    phrases.learn([1, 2, 3, 4], [5] * 3)
+    known = phrases.classes([1, 2, 3, 4], [5])
+    for i in range(20):
+        phrases.learn([0] * PHRASE, range(10_000 + 1000 * i, 11_000 + 1000 * i))
+    assert phrases._counts.nbytes == 8 * SLOTS
+    assert phrases.classes([1, 2, 3, 4], [5]) != known
+    assert float(phrases._counts[0].sum()) < 4 * 1000
 
 
 def served(

@@ -9,7 +9,8 @@ the K is chosen that maximises
 where lambda, at least 1, is the request's present rate in tokens per baseline step: an accepted
 token saves 1/lambda of a baseline step, and that is what it may cost. The sum rises while the next
 token's chance exceeds lambda times its marginal cost, hence the name. A request whose drafts have
-cost more than they gave pays a higher lambda until it is even again, so that it loses little.
+cost more than they gave never drafts so much that it could lose more than a small part of its time,
+so that no request is much slower than without.
 
 In a batch all (request, position) slots compete: a token of request r is worth its chance over r's
 lambda, verifying it delays all n requests, and the number of slots admitted, best first, is the one
@@ -40,6 +41,7 @@ from moecascade.history import FIRST, History
 from moecascade.steps import Decision, Proposal, Step
 from moecascade.utility import cost_share
 
+SHORTEST = 100.0  # baseline steps of which a short request may lose its part
 CROWD_LOOKS = 8  # steps from one look at how far to draft for a crowd to the next
 
 
@@ -51,15 +53,15 @@ class MarginalSettings:
         experts: Routed experts a layer, for the cost model's first guess.
         top_k: How many of them a token is routed to.
         rate_memory: Steps over which a request's rate is averaged.
-        patience: Baseline steps that a request may have lost to drafts before they have to promise
-            twice as much; what they have to promise rises with the square of what was lost.
+        most_lost: Part of its time that drafts may cost a request; of `SHORTEST` baseline steps
+            where it has been shorter. A draft that could cost more is cut.
         crowd: Requests in a batch above which drafts are judged by history instead of text.
     """
 
     experts: int = 8
     top_k: int = 2
     rate_memory: float = 20.0
-    patience: float = 2.5
+    most_lost: float = 0.03
     crowd: int = 8
 
     def __post_init__(self) -> None:
@@ -69,9 +71,9 @@ class MarginalSettings:
                 f"options of policy 'marginal': top_k must be from 1 to experts ({self.experts}), "
                 f"got {self.top_k}"
             )
-        if not self.patience > 0:
+        if not self.most_lost > 0:
             raise ConfigError(
-                f"options of policy 'marginal': patience must be above 0, got {self.patience}"
+                f"options of policy 'marginal': most_lost must be above 0, got {self.most_lost}"
             )
         if not self.crowd >= 0:
             raise ConfigError(
@@ -109,6 +111,7 @@ class _Request:
     rate: _Rate
     decision: Decision  # the last one
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
+    tokens: int = 0  # that it was given in decode steps: baseline steps it would have taken
     survival: Sequence[float] | Array = ()
     k: int = 0
     state: int = FIRST  # of its history
@@ -175,15 +178,17 @@ class Marginal:
     def _by_text(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
+        alone = self._costs.costs(n, self._max_k).tolist()
         slots: list[tuple[float, _Request]] = []
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
             if proposal.tokens and r.max_k:
                 r.survival = self._acceptance.predict(r.record, proposal.tokens)
-                worth = 1.0 / self._price(r)
-                slots += [(s * worth, r) for s in r.survival[: r.max_k]]
+                worth = 1.0 / r.rate.value
+                slots += [(s * worth, r) for s in r.survival[: self._most(r, n, alone)]]
         # A request's slots are worth less and less, so the best are always prefixes of drafts.
-        slots.sort(key=lambda slot: -slot[0])
+        if len(requests) > 1:  # those of one are in order
+            slots.sort(key=lambda slot: -slot[0])
         costs = self._costs.costs(n, len(slots)).tolist()
         best, most, worth = 0, 0.0, 0.0
         for count, (gain, _) in enumerate(slots, 1):
@@ -245,6 +250,7 @@ class Marginal:
             self._acceptance.learn(r.record, part.tokens)
             if cost is not None:
                 r.rate.add(part.emitted, cost, self._keep)
+                r.tokens += part.emitted
                 if part.drafted:
                     r.lost += cost_share(cost, 1.0, n, part.drafted, drafted) - part.emitted
                 elif not drafted:
@@ -273,9 +279,19 @@ class Marginal:
             self._rate.add(emitted, mine * cost, 0.999**mine)
         return mine
 
-    def _price(self, r: _Request) -> float:
-        """Return lambda, raised for a request that has lost time: it may risk less."""
-        return r.rate.value * (1.0 + (max(0.0, r.lost) / self._settings.patience) ** 2)
+    def _most(self, r: _Request, n: int, costs: Sequence[float]) -> int:
+        """Return how long a draft may be that the request could bear to lose.
+
+        Args:
+            r: The request, alone in drafting: then its draft costs it most.
+            n: Requests in the batch.
+            costs: Of 0, 1, ... drafts in it.
+        """
+        bearable = 1.0 + (self._settings.most_lost * max(SHORTEST, r.tokens) - r.lost) / n
+        k = r.max_k
+        while k and costs[k] > bearable:
+            k -= 1
+        return k
 
     def lookahead(self, request_id: str) -> int:
         """Return how far to draft for the whole batch; see `Drafting`."""
@@ -292,7 +308,7 @@ class Marginal:
         for r in self._requests.values():
             if len(r.survival):
                 longer = self._acceptance.prolonged(r.survival, self._max_k)
-                rate = self._batch_rate.value if self._crowded else self._price(r)
+                rate = self._batch_rate.value if self._crowded else r.rate.value
                 slots = np.array(longer) / rate
                 slots[r.max_k :] = 0.0
                 worths.append(slots)
@@ -314,7 +330,7 @@ class Marginal:
             "utility": tokens / cost,
             "expected_tokens": tokens,
             "expected_seconds": self._costs.seconds(n + drafts, passes),
-            "lambda": self._batch_rate.value if self._crowded else self._price(r),
+            "lambda": self._batch_rate.value if self._crowded else r.rate.value,
             "lost": r.lost,
             "survival": [float(chance) for chance in r.survival],
             "costs": self._costs.costs(n, self._max_k)[: self._max_k + 1].tolist(),

@@ -1,0 +1,98 @@
+"""What the target has written before, in whatever request: which token followed which phrase.
+
+A draft is copied from its own request. Where the target, in other answers, went on in the same way
+after the same words, the copy is likelier to be right, whether anything was ever drafted there or
+not. So every token that is generated counts here, not drafts alone. What is kept are counts by
+hash, no text, in a fixed amount of memory, and they fade.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence, Sequence
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+REACH = 4  # tokens of the longer phrases; the shorter ones have two
+SLOTS = 1 << 19  # counts that are kept; hashes that meet share one
+HALVED_EVERY = SLOTS // 4  # tokens after which what is known counts half, so that slots come free
+CLASSES = 40  # that a token of a draft may be of, for each of the two phrases before it
+
+_ODD, _FAR = 40_503, 60_493  # multipliers of the hashes: odd, so that nothing of a hash is lost
+_NONE = 0  # stands for what precedes the text
+_MASK = SLOTS - 1
+# The class of a phrase that occurred n times, five classes for each.
+_OCCURRED = [5 * n for n in (0, 1, 2, 3, *[4] * 4, *[5] * 8, *[6] * 48, 7)]
+_OFTEN = len(_OCCURRED) - 1
+
+
+class Phrases:
+    """Counts of phrases and of what followed them."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._counts = np.zeros((2, SLOTS), np.float32)
+        # One number at a time is read and written, for which a view is three times as fast.
+        self._seen, self._followed = _view(self._counts[0]), _view(self._counts[1])
+        self._learnt = 0
+
+    def learn(self, before: Sequence[int], tokens: Sequence[int]) -> None:
+        """Count what was generated.
+
+        Args:
+            before: The last `REACH` tokens before them, fewer where there are no more.
+            tokens: The tokens.
+        """
+        seen, followed = self._seen, self._followed
+        furthest, further, shorter, last = _pairs(before)
+        for token in tokens:
+            longer = shorter * _FAR + furthest
+            seen[shorter & _MASK] += 1.0
+            followed[(shorter * _ODD + token) & _MASK] += 1.0
+            seen[longer & _MASK] += 1.0
+            followed[(longer * _ODD + token) & _MASK] += 1.0
+            furthest, further, shorter, last = further, shorter, last * _ODD + token, token
+        self._learnt += len(tokens)
+        if self._learnt >= HALVED_EVERY:
+            self._learnt = 0
+            self._counts *= 0.5
+
+    def classes(self, before: Sequence[int], draft: Sequence[int]) -> list[tuple[int, int]]:
+        """Return for each token of a draft how it stands to the phrases that it would follow.
+
+        The two classes, of the shorter and of the longer phrase, are each a number below
+        `CLASSES`: by how often the phrase occurred, and how often that token followed.
+        """
+        seen, followed = self._seen, self._followed
+        furthest, further, shorter, last = _pairs(before)
+        found = []
+        for token in draft:
+            longer = shorter * _FAR + furthest
+            n = seen[shorter & _MASK]
+            so = followed[(shorter * _ODD + token) & _MASK]
+            short = _class_of(n, so) if n else 0
+            n = seen[longer & _MASK]
+            so = followed[(longer * _ODD + token) & _MASK]
+            found.append((short, _class_of(n, so) if n else 0))
+            furthest, further, shorter, last = further, shorter, last * _ODD + token, token
+        return found
+
+
+def _view(counts: NDArray[np.float32]) -> MutableSequence[float]:
+    return cast("MutableSequence[float]", memoryview(counts))
+
+
+def _class_of(occurred: float, so: float) -> int:
+    """Return the class of a phrase that occurred, and went on so: never, seldom, ..., always."""
+    share = 0 if so == 0.0 else 4 if so >= occurred else 1 + int(3.0 * so / occurred)
+    return share + _OCCURRED[int(occurred) if occurred < _OFTEN else _OFTEN]
+
+
+def _pairs(before: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return hashes of the last pairs of tokens, the earliest first, and the last token.
+
+    The last pair is the shorter phrase; it and the pair before it are the longer one.
+    """
+    a, b, c, d = (_NONE,) * (REACH - len(before)) + tuple(before)
+    return a * _ODD + b, b * _ODD + c, c * _ODD + d, d
