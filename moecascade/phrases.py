@@ -33,7 +33,6 @@ class Phrases:
     def __init__(self) -> None:
         """Begin with none."""
         self._counts = np.zeros((2, SLOTS), np.float32)
-        # One number at a time is read and written, for which a view is three times as fast.
         self._seen, self._followed = _view(self._counts[0]), _view(self._counts[1])
         self._learnt = 0
 
@@ -80,7 +79,8 @@ class Phrases:
 
 
 def _view(counts: NDArray[np.float32]) -> MutableSequence[float]:
-    return cast("MutableSequence[float]", memoryview(counts))
+    """Return the same memory, quicker to read and write one at a time."""
+    return cast("MutableSequence[float]", counts.data)
 
 
 def _class_of(occurred: float, so: float) -> int:

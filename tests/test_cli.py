@@ -14,6 +14,7 @@ import pytest
 
 from moecascade import launch
 from moecascade.cli.doctor import Check, examine
+from moecascade.cli.record import apart
 from moecascade.errors import ConfigError
 from moecascade.launch import Flags
 
@@ -294,3 +295,11 @@ def test_doctor_sees_a_port_in_use():
 @pytest.mark.engine
 def test_doctor_loads_the_plugin_in_vllm():
     assert examine(deep=True)[-1] == Check("vLLM loads the plugin", "ok", "yes")
+
+
+def test_flags_of_vllm_may_follow_prompt_files() -> None:
+    files, flags = apart(["a.jsonl", "b.jsonl", "--dtype", "float32", "-tp", "2"])
+    assert files == ["a.jsonl", "b.jsonl"]
+    assert flags == ["--dtype", "float32", "-tp", "2"]
+    assert apart(["--dtype", "float32"]) == ([], ["--dtype", "float32"])
+    assert apart([]) == ([], [])

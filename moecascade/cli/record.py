@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +57,7 @@ def record(
 
         moecascade record --out traces.jsonl
         moecascade record HumanEval.jsonl --model org/my-moe --temperature 0.8 --out t08.jsonl
+        moecascade record --out traces.jsonl --dtype float32
         moecascade replay traces.jsonl
     """
     settings = bench.Settings(
@@ -65,7 +68,8 @@ def record(
         seed=seed,
     )
     policies.create(policy, settings.max_k)
-    asked = workloads.mix(workloads.read(prompts or []), prompts_per_task)
+    files, flags = apart(prompts or [])
+    asked = workloads.mix(workloads.read(files), prompts_per_task)
     compat.check_version()
     measure.make_folder(out.parent)
     folder, local_name = find_model(model)
@@ -78,7 +82,7 @@ def record(
         log = Path(scratch) / "traces.jsonl"
         planned = launch.plan(
             folder,
-            ["--host", measure.HOST, "--port", str(server.free_port()), *context.args],
+            ["--host", measure.HOST, "--port", str(server.free_port()), *flags, *context.args],
             trace_log=log,
             local_name=local_name,
         )
@@ -103,6 +107,12 @@ def record(
         lines = _lines(log, requests)
     write_whole(out, "".join(lines))
     print(f"Recorded {len(lines)} requests in {out}. Replay them: moecascade replay {out}")
+
+
+def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the prompt files, and vLLM's flags, which may follow them."""
+    files = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    return files, list(arguments[len(files) :])
 
 
 def _lines(log: Path, requests: tuple[bench.Request, ...]) -> list[str]:

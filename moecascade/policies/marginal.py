@@ -178,18 +178,17 @@ class Marginal:
     def _by_text(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
-        alone = self._costs.costs(n, self._max_k).tolist()
+        costs = self._costs.costs(n, len(requests) * self._max_k).tolist()
         slots: list[tuple[float, _Request]] = []
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
             if proposal.tokens and r.max_k:
                 r.survival = self._acceptance.predict(r.record, proposal.tokens)
                 worth = 1.0 / r.rate.value
-                slots += [(s * worth, r) for s in r.survival[: self._most(r, n, alone)]]
+                slots += [(s * worth, r) for s in r.survival[: self._most(r, n, costs)]]
         # A request's slots are worth less and less, so the best are always prefixes of drafts.
         if len(requests) > 1:  # those of one are in order
             slots.sort(key=lambda slot: -slot[0])
-        costs = self._costs.costs(n, len(slots)).tolist()
         best, most, worth = 0, 0.0, 0.0
         for count, (gain, _) in enumerate(slots, 1):
             worth += gain
