@@ -188,8 +188,8 @@ def _own(
 ) -> list[Features]:
     """Return the categories of each token of a draft.
 
-    They are: its place; its place after such a match; itself; what it follows; both; and how it
-    stands to the phrases before it.
+    They are: its place after such a match; itself; what it follows; both; and how it stands to the
+    phrases before it.
     """
     before, match = context.before, _PLACE + _KINDS * _step_of(context.agreeing)
     own: list[Features] = []
