@@ -14,9 +14,11 @@ category's evidence (AdaGrad).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from math import exp, sqrt
+from operator import mul
 
 from moecascade.context import Context, Text
 from moecascade.phrases import REACH, Phrases
@@ -30,11 +32,14 @@ FURTHER = 0.8, 5.0  # guess of a token's chance after right ones, and its weight
 KEEP = 0.995  # of what is known of a place, a draft
 PAIRS = 1 << 16  # pairs of tokens that are told apart, so that memory is bounded
 
-Features = tuple[Hashable, ...]
-# Categories of a single token are numbers, which are quick to make: kinds apart, then counted.
-_KINDS = 6
-_TOKEN, _BEFORE, _PAIR, _PLACE, _SHORTER, _LONGER = range(_KINDS)
-_MATCHES = 16  # more than there are classes of a match's length
+# Categories are numbers, which are quick to make: their kind, and which of that kind.
+Features = tuple[int, ...]
+_KINDS = 12
+_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST = range(6)  # of a draft
+_TOKEN, _BEFORE, _PAIR, _PLACE, _SHORTER, _LONGER = range(6, _KINDS)  # of one of its tokens
+# The class of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32.
+_STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)
+_MATCHES = 16  # more than there are of these
 _NOTHING = (0.0,) * 16  # weights of categories never seen, at least as many as there are kinds
 
 
@@ -45,7 +50,7 @@ class _Shadow:
     tokens: Sequence[int]
     features: Features  # that hold for all of its tokens, and
     own: list[Features]  # for each of them
-    common: float  # log-odds that all have from `features`
+    chances: list[float]  # of each, given that those before it are right
     scored: int = 0
     errors: float = 0.0  # of the chances that were predicted, summed, and
     squares: float = 0.0  # their squares
@@ -58,22 +63,16 @@ class Record:
     Attributes:
         text: Prompt and output so far.
         hits: Recent share of drafts whose first token was right.
-        last: Outcomes of the last three drafts: none, 1 or 2, 3 or more tokens right.
+        last: Outcomes of the last three drafts, each a digit to the base of 3: none, 1 or 2, 3 or
+            more tokens right.
         shadow: The latest draft, until it is scored to its end. Older ones are not followed: they
             overlap it, and replay is no better with them.
-        unread: Tokens that are not in `text` yet: it is indexed once somebody asks.
     """
 
     text: Text
     hits: float = HITS
-    last: tuple[int, ...] = (0, 0, 0)
+    last: int = 0
     shadow: _Shadow | None = None
-    unread: list[int] = field(default_factory=list)
-
-    def ending(self, count: int) -> Sequence[int]:
-        """Return the last tokens, read or not, at most `count`."""
-        unread = self.unread[-count:]
-        return self.text.ending(count - len(unread)) + unread if len(unread) < count else unread
 
 
 class Acceptance:
@@ -81,8 +80,8 @@ class Acceptance:
 
     def __init__(self) -> None:
         """Begin with no evidence."""
-        self._weights: dict[Hashable, float] = {}
-        self._evidence: dict[Hashable, float] = {}
+        self._weights: dict[int, float] = {}
+        self._evidence: dict[int, float] = {}
         self._phrases = Phrases()
         self._right: dict[int, float] = {}  # by place in a draft, of those that were compared
         self._tried: dict[int, float] = {}
@@ -92,9 +91,6 @@ class Acceptance:
 
         The draft is remembered, and scored when the tokens come: see `learn`.
         """
-        if record.unread:
-            record.text.extend(record.unread)
-            record.unread.clear()
         context = record.text.context(draft[0])
         features = _features(record, context)
         phrases = self._phrases.classes(record.text.ending(REACH), draft)
@@ -103,12 +99,9 @@ class Acceptance:
             self._end(record.shadow)
         weight = self._weights.get
         common = START + sum(map(weight, features, _NOTHING))
-        record.shadow = _Shadow(draft, features, own, common)
-        survival, chance = [], 1.0
-        for keys in own:
-            chance /= 1.0 + exp(-common - sum(map(weight, keys, _NOTHING)))
-            survival.append(chance)
-        return survival
+        chances = [1.0 / (1.0 + exp(-common - sum(map(weight, keys, _NOTHING)))) for keys in own]
+        record.shadow = _Shadow(draft, features, own, chances)
+        return list(accumulate(chances, mul))
 
     def prolonged(self, survival: Iterable[float], length: int) -> list[float]:
         """Return a prediction prolonged to `length` tokens, those of which nothing is known yet.
@@ -127,20 +120,17 @@ class Acceptance:
         """Take the tokens that were generated: score the draft, learn, extend the text."""
         if record.shadow is not None and not self._score(record, record.shadow, tokens):
             record.shadow = None
-        self._phrases.learn(record.ending(REACH), tokens)
-        record.unread.extend(tokens)
+        self._phrases.learn(record.text.ending(REACH), tokens)
+        record.text.extend(tokens)
 
     def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:
         """Compare a draft with new tokens; return whether it has tokens left to compare."""
-        weight = self._weights.get
         for token in tokens:
             i = shadow.scored
-            keys = shadow.own[i]
             hit = shadow.tokens[i] == token
-            odds = shadow.common + sum(map(weight, keys, _NOTHING))
-            error = 1.0 / (1.0 + exp(-odds)) - hit
+            error = shadow.chances[i] - hit
             square = error * error
-            self._move(keys, error, square)
+            self._move(shadow.own[i], error, square)
             shadow.errors += error
             shadow.squares += square
             self._right[i] = KEEP * self._right.get(i, 0.0) + hit
@@ -167,19 +157,20 @@ class Acceptance:
 
 def _remember(record: Record, right: int) -> None:
     record.hits = FADE * record.hits + (1.0 - FADE) * (right > 0)
-    record.last = (*record.last[1:], 0 if right == 0 else 1 if right < 3 else 2)
+    record.last = (3 * record.last + (0 if right == 0 else 1 if right < 3 else 2)) % 27
 
 
 def _features(record: Record, context: Context) -> Features:
-    """Return the categories that hold for every token of a draft."""
-    share = 0 if not context.agreed else 1 + 3 * context.agreed // context.places
+    """Return the categories that hold for every token of a draft, the first for any draft."""
+    agreeing, opposing, places = context.agreeing, context.opposing, context.places
+    share = 0 if not context.agreed else 1 + 3 * context.agreed // places
     return (
-        ("match", _step_of(context.agreeing)),
-        ("agreed", share, min(context.places, 4)),
-        ("against", context.opposing >= context.agreeing, _step_of(context.opposing)),
-        ("where", context.from_prompt, min(_step_of(context.agreeing), 6)),
-        ("hits", int(record.hits * 8)),
-        ("last", record.last),
+        _ANY,
+        _MATCH + _KINDS * _STEPS[agreeing],
+        _AGREED + _KINDS * (5 * share + min(places, 4)),
+        _AGAINST + _KINDS * (2 * _STEPS[opposing] + (opposing >= agreeing)),
+        _HITS + _KINDS * int(record.hits * 8),
+        _LAST + _KINDS * record.last,
     )
 
 
@@ -191,7 +182,7 @@ def _own(
     They are: its place after such a match; itself; what it follows; both; and how it stands to the
     phrases before it.
     """
-    before, match = context.before, _PLACE + _KINDS * _step_of(context.agreeing)
+    before, match = context.before, _PLACE + _KINDS * _STEPS[context.agreeing]
     own: list[Features] = []
     for i, token in enumerate(draft):
         own.append(
@@ -206,11 +197,3 @@ def _own(
         )
         before = token
     return own
-
-
-_STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)
-
-
-def _step_of(length: int) -> int:
-    """Return the class of a match's length: 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32."""
-    return _STEPS[length]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 PLACES = 8  # latest earlier places that are looked at
 REACH = 32  # longest match that is told apart
-NEWEST = 16_384  # tokens of a prompt that are indexed: the latest ones
+NEWEST = 16_384  # tokens of a prompt that are kept: the latest ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,6 @@ class Context:
         opposing: Longest match that was followed by another token.
         places: Earlier places of the last two tokens, at most `PLACES`.
         agreed: How many of them were followed by the draft's first token.
-        from_prompt: Whether the longest agreeing match lies in the prompt.
         before: The last token of the text, which the draft follows; -1 for an empty text.
     """
 
@@ -33,35 +32,29 @@ class Context:
     opposing: int
     places: int
     agreed: int
-    from_prompt: bool
     before: int
 
 
 class Text:
-    """The tokens of one request, indexed by their pairs.
+    """The tokens of one request, indexed by their pairs once somebody asks about a draft.
 
     Args:
-        prompt: Token ids of the prompt.
+        prompt: Token ids of the prompt; of a longer one the `NEWEST` are kept.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        """Index the prompt."""
-        self._tokens: list[int] = []
+        """Keep the prompt."""
+        self._tokens = list(prompt[-NEWEST:])
         self._ends: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        self.extend(prompt[-NEWEST:])
-        self._prompt_end = len(self._tokens)
+        self._indexed = 2  # tokens that were looked at: from the third on they follow a pair
 
     def __len__(self) -> int:
-        """Return how many tokens are known."""
+        """Return how many tokens are kept."""
         return len(self._tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was generated."""
-        text, ends = self._tokens, self._ends
-        for token in tokens:
-            if len(text) > 1:  # the pair that ended the text is now followed by something
-                ends[text[-2], text[-1]].append(len(text))
-            text.append(token)
+        self._tokens.extend(tokens)
 
     def ending(self, count: int) -> list[int]:
         """Return the last tokens, at most `count`."""
@@ -71,20 +64,22 @@ class Text:
         """Return the context of a draft whose first token is `token`."""
         text = self._tokens
         here = len(text)
+        for place in range(self._indexed, here):
+            self._ends[text[place - 2], text[place - 1]].append(place)
+        self._indexed = max(self._indexed, here)
         places = self._ends.get((text[-2], text[-1]), [])[-PLACES:] if here > 1 else []
-        agreeing, opposing, agreed, from_prompt = 0, 0, 0, False
+        agreeing, opposing, agreed = 0, 0, 0
         third = text[-3] if here > 2 else -1
         for place in places:
             # Most matches end at once, and time is short.
             length = _match(text, place, here) if place > 2 and text[place - 3] == third else 2
             if text[place] == token:
                 agreed += 1
-                if length >= agreeing:
-                    agreeing, from_prompt = length, place < self._prompt_end
+                agreeing = max(agreeing, length)
             elif length > opposing:
                 opposing = length
         before = text[-1] if text else -1
-        return Context(agreeing, opposing, len(places), agreed, from_prompt, before)
+        return Context(agreeing, opposing, len(places), agreed, before)
 
 
 def _match(text: Sequence[int], place: int, here: int) -> int:

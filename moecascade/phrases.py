@@ -67,13 +67,13 @@ class Phrases:
         furthest, further, shorter, last = _pairs(before)
         found = []
         for token in draft:
-            longer = shorter * _FAR + furthest
-            n = seen[shorter & _MASK]
-            so = followed[(shorter * _ODD + token) & _MASK]
-            short = _class_of(n, so) if n else 0
-            n = seen[longer & _MASK]
-            so = followed[(longer * _ODD + token) & _MASK]
-            found.append((short, _class_of(n, so) if n else 0))
+            short = long = 0
+            if n := seen[shorter & _MASK]:
+                short = _class_of(n, followed[(shorter * _ODD + token) & _MASK])
+                longer = shorter * _FAR + furthest
+                if n := seen[longer & _MASK]:  # which cannot be where the shorter was never seen
+                    long = _class_of(n, followed[(longer * _ODD + token) & _MASK])
+            found.append((short, long))
             furthest, further, shorter, last = further, shorter, last * _ODD + token, token
         return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moecascade import launch
+from moecascade import launch, machine
 from moecascade.cli.doctor import Check, examine
 from moecascade.cli.record import apart
 from moecascade.errors import ConfigError
@@ -158,6 +158,27 @@ def ours(planned: launch.Launch, given: list[str]) -> list[str]:
 )
 def test_the_users_flag_wins_however_it_is_spelt(given: list[str], flag: str):
     assert flag not in ours(launch.plan("model", given, local_name="local"), given)
+
+
+@pytest.mark.parametrize(
+    ("field", "flags", "dtype"),
+    [
+        ("flags", "sse2 avx2 avx512f avx512bw avx512_bf16", "bfloat16"),
+        ("flags", "sse2 fma avx2", "float32"),
+        ("flags", "avx2 avx_vnni avx_ne_convert", "bfloat16"),
+        ("Features", "fp asimd", "float32"),
+        ("Features", "fp asimd bf16", "bfloat16"),
+        ("flags", "", "bfloat16"),  # a system that does not tell
+    ],
+)
+def test_local_models_run_in_a_precision_that_the_processor_is_fast_at(
+    field: str, flags: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(machine, "_cpu", lambda asked: flags if asked == field else "")
+    command = launch.plan("model", local_name="local").command
+    assert command[command.index("--dtype") + 1] == dtype
+    other = launch.plan("model").command  # may be too large for float32
+    assert other[other.index("--dtype") + 1] == "bfloat16"
 
 
 def test_flags_in_a_configuration_file_win_too(tmp_path: Path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecascade.acceptance import Acceptance, Record
-from moecascade.context import PLACES, REACH, Text
+from moecascade.context import NEWEST, PLACES, REACH, Text
 from moecascade.costmodel import EXACT, CostModel, expert_union
 from moecascade.history import FIRST, History
 from moecascade.phrases import CLASSES, SLOTS, Phrases
@@ -27,6 +27,7 @@ texts = st.lists(st.integers(0, 3), min_size=2, max_size=80)
 @given(texts, st.integers(0, 80), st.integers(0, 3))
 def test_context_follows_its_definition(text: list[int], cut: int, token: int) -> None:
     known = Text(text[:cut])
+    known.context(token)  # asking in between changes nothing
     known.extend(text[cut:])
     found = known.context(token)
     here = len(text)
@@ -45,6 +46,16 @@ def test_context_follows_its_definition(text: list[int], cut: int, token: int) -
     assert found.agreeing == max(agreeing, default=0)
     assert found.opposing == max(opposing, default=0)
     assert found.before == text[-1]
+
+
+def test_of_a_long_prompt_the_newest_part_is_kept() -> None:
+    """Also by the policy, whose requests it would slow down in their first step."""
+    prompt = [i % 1000 for i in range(NEWEST + 5000)]
+    assert Text(prompt).context(1) == Text(prompt[5000:]).context(1)
+    policy = create("marginal", 8)
+    assert isinstance(policy, Marginal)
+    policy.add("a", 8, prompt)
+    assert len(policy._requests["a"].record.text) == NEWEST
 
 
 def test_acceptance_is_learnt_from_drafts_that_nobody_verified() -> None:
@@ -271,8 +282,8 @@ def test_a_crowd_that_thins_out_is_judged_by_its_text_again() -> None:
         policy.observe(Step(0.02, True, parts))
     policy.drop("b")
     policy.decide([Proposal("a", [40])])
-    assert len(policy._requests["a"].record.text) == 3 + 20
-    assert policy._requests["a"].record.unread == []
+    text = policy._requests["a"].record.text
+    assert text.ending(len(text) + 1) == [1, 2, 3, *range(20, 40)]
 
 
 def test_a_request_that_has_lost_what_it_may_drafts_no_more() -> None:

@@ -25,7 +25,7 @@ MARKS: dict[State, str] = {
 }
 OLDEST_PYTHON = (3, 11)
 MEMORY_GIB = 6.0
-"""What the local model's server takes: weights 1.3 GiB, cache 2 GiB, libraries, and building it."""
+"""What the local model's server takes: weights 1.3 GiB (float32: 2.6), cache 2 GiB, libraries."""
 DISK_GIB = 4.0
 DEEP_SECONDS = 180
 VISION = ("torchvision", "torchaudio", "torchcodec")

@@ -146,10 +146,9 @@ class Marginal:
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Keep the prompt; expect the rate of all requests."""
         general, memory = self._rate.value, self._settings.rate_memory
-        record = Record(Text(()), unread=list(prompt))
         self._requests[request_id] = _Request(
             min(max_k, self._max_k),
-            record,
+            Record(Text(prompt)),
             _Rate(general * memory, memory),
             Decision(request_id, 0, self.name),
         )
@@ -271,7 +270,7 @@ class Marginal:
             if r.draft and part.tokens:
                 r.state = history.learn(r.state, r.draft, part.tokens)
                 r.draft = ()
-            r.record.unread.extend(part.tokens)
+            r.record.text.extend(part.tokens)
         history.step()
         if cost is not None and mine:
             self._batch_rate.add(emitted / mine, cost, self._keep)
