@@ -10,6 +10,10 @@ function of a few categories of its context, its place in the draft, how the req
 fared, and what the target wrote after the same words elsewhere (`moecascade.phrases`). Weights are
 shared by all requests and follow the outcomes by gradient steps that get smaller with each
 category's evidence (AdaGrad).
+
+Many weights that are learnt at once from few drafts promise too much, above all for the drafts that
+look best, which are those that are verified. So log-odds are scaled by a slope, learnt in the same
+way from how the promises were kept (Platt 1999), before they become chances.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from moecascade.phrases import REACH, Phrases
 
 RATE = 0.5  # size of a first step; replay is flat between 0.3 and 0.8
 FADE = 0.8  # memory of a request's hits, a draft
+SLOPE_RATE, SLOPE_EVIDENCE = 1.0, 20.0  # of the slope: so that its first steps are small
 START = -0.6  # log-odds before anything is known: rather too low, for a first draft is a risk
 HITS = 0.3  # share of hits of a request that has had no draft yet
 FURTHER = 0.8, 5.0  # guess of a token's chance after right ones, and its weight in drafts
@@ -50,7 +55,7 @@ class _Shadow:
     tokens: Sequence[int]
     features: Features  # that hold for all of its tokens, and
     own: list[Features]  # for each of them
-    chances: list[float]  # of each, given that those before it are right
+    odds: list[float]  # log-odds of each, given that those before it are right
     scored: int = 0
     errors: float = 0.0  # of the chances that were predicted, summed, and
     squares: float = 0.0  # their squares
@@ -82,6 +87,7 @@ class Acceptance:
         """Begin with no evidence."""
         self._weights: dict[int, float] = {}
         self._evidence: dict[int, float] = {}
+        self._slope, self._slope_evidence = 1.0, SLOPE_EVIDENCE
         self._phrases = Phrases()
         self._right: dict[int, float] = {}  # by place in a draft, of those that were compared
         self._tried: dict[int, float] = {}
@@ -99,9 +105,10 @@ class Acceptance:
             self._end(record.shadow)
         weight = self._weights.get
         common = START + sum(map(weight, features, _NOTHING))
-        chances = [1.0 / (1.0 + exp(-common - sum(map(weight, keys, _NOTHING)))) for keys in own]
-        record.shadow = _Shadow(draft, features, own, chances)
-        return list(accumulate(chances, mul))
+        odds = [common + sum(map(weight, keys, _NOTHING)) for keys in own]
+        record.shadow = _Shadow(draft, features, own, odds)
+        slope = self._slope
+        return list(accumulate([1.0 / (1.0 + exp(-slope * z)) for z in odds], mul))
 
     def prolonged(self, survival: Iterable[float], length: int) -> list[float]:
         """Return a prediction prolonged to `length` tokens, those of which nothing is known yet.
@@ -128,9 +135,13 @@ class Acceptance:
         for token in tokens:
             i = shadow.scored
             hit = shadow.tokens[i] == token
-            error = shadow.chances[i] - hit
+            odds = shadow.odds[i]
+            error = 1.0 / (1.0 + exp(-odds)) - hit
             square = error * error
             self._move(shadow.own[i], error, square)
+            steep = (1.0 / (1.0 + exp(-self._slope * odds)) - hit) * odds
+            self._slope_evidence += steep * steep
+            self._slope -= SLOPE_RATE * steep / sqrt(self._slope_evidence)
             shadow.errors += error
             shadow.squares += square
             self._right[i] = KEEP * self._right.get(i, 0.0) + hit
