@@ -78,6 +78,28 @@ def test_acceptance_is_learnt_from_drafts_that_nobody_verified() -> None:
     assert invention[0] < 0.1 < first["invention"]
 
 
+def test_chances_are_kept_where_there_is_nothing_to_learn_but_noise() -> None:
+    """Of drafts that are right by a coin, the most promising are no better: nobody may say so."""
+    promised, kept = [], []
+    for seed in range(6):
+        rng = random.Random(seed)
+        model = Acceptance()
+        made = []
+        for _ in range(600):
+            record = Record(Text([rng.randrange(200) for _ in range(30)]))
+            draft = [rng.randrange(200) for _ in range(4)]
+            chance = model.predict(record, draft)[0]
+            right = 0
+            while right < 4 and rng.random() < 0.6:
+                right += 1
+            model.learn(record, [*draft[:right], 999])
+            made.append((chance, right > 0))
+        best = sorted(made[200:], reverse=True)[:100]
+        promised.append(np.mean([chance for chance, _ in best]))
+        kept.append(np.mean([first for _, first in best]))
+    assert np.mean(promised) == pytest.approx(np.mean(kept), abs=0.08)
+
+
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(1, 8))
 def test_a_draft_is_scored_alike_however_its_tokens_come(sizes: list[int], length: int) -> None:
     """Shadows are exact: one token a step or many, the same outcomes are learnt."""
