@@ -141,7 +141,8 @@ class Acceptance:
             self._move(shadow.own[i], error, square)
             steep = (1.0 / (1.0 + exp(-self._slope * odds)) - hit) * odds
             self._slope_evidence += steep * steep
-            self._slope -= SLOPE_RATE * steep / sqrt(self._slope_evidence)
+            slope = self._slope - SLOPE_RATE * steep / sqrt(self._slope_evidence)
+            self._slope = max(0.0, slope)  # below, what looks better would count as worse
             shadow.errors += error
             shadow.squares += square
             self._right[i] = KEEP * self._right.get(i, 0.0) + hit
