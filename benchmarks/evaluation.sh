@@ -35,12 +35,12 @@ case ${1:-} in
     out=results/bench
     mkdir -p "$out"
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
-      --temperatures 0,0.8 --max-tokens 96 --minutes 57
-    part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 7
+      --temperatures 0,0.8 --max-tokens 96 --minutes 62
+    part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 6
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
-      --temperatures 0.8 --max-tokens 192 --minutes 12 --speculative-config "$SELDOM"
+      --temperatures 0.8 --max-tokens 192 --minutes 11 --speculative-config "$SELDOM"
     part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
-      --concurrency 1,4,8 --max-tokens 96 --minutes 9
+      --concurrency 1,4,8 --max-tokens 96 --minutes 8
     ;;
   *)
     echo "usage: $0 quick|full" >&2

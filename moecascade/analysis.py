@@ -211,24 +211,23 @@ class Ratio:
 def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
     """Return how much faster `policy` is than `other`, over all that both ran; None where nothing.
 
-    Conditions and tasks are strata of the interval, so their differences do not widen it.
+    Conditions and tasks are strata of the interval, so their differences do not widen it; in a run
+    too short for that, with a single pair in some, tasks are, or nothing is.
     """
     parts: list[Pairs] = []
+    strata: list[tuple[str, ...]] = []
     for condition in dict.fromkeys(condition_of(row) for row in rows):
         here = [row for row in rows if condition_of(row) == condition]
         of = {name: units(row for row in here if row.policy == name) for name in (policy, other)}
-        found = pair(of[policy], of[other])
-        tasks = tuple(f"{condition}{task}" for task in found.tasks)
-        parts.append(Pairs(found.before, found.after, tasks))
-    both = Pairs(
-        np.concatenate([part.before for part in parts]),
-        np.concatenate([part.after for part in parts]),
-        tuple(task for part in parts for task in part.tasks),
-    )
-    if both.ratio is None:
+        parts.append(pair(of[policy], of[other]))
+        strata += [(f"{condition}{task}", task, "") for task in parts[-1].tasks]
+    if not strata:
         return None
-    low, high = interval(both) or (None, None)
-    return Ratio(both.ratio, low, high, len(both))
+    before = np.concatenate([part.before for part in parts])
+    after = np.concatenate([part.after for part in parts])
+    drawn = (interval(Pairs(before, after, tasks)) for tasks in zip(*strata, strict=True))
+    low, high = next(filter(None, drawn), (None, None))
+    return Ratio(float(before.sum() / after.sum()), low, high, len(before))
 
 
 def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:

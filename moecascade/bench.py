@@ -352,7 +352,8 @@ def measure(
         settings: The same.
         journal: Where rows go.
         log: Returns the step log's lines since it was last called.
-        deadline: No round begins after this time of `time.monotonic`.
+        deadline: No round begins that would end after this time of `time.monotonic`, if it took as
+            long as the longest so far.
         keep_text: Whether rows hold the answers.
         tell: Called before each block.
 
@@ -379,8 +380,10 @@ async def _measure(
             name: await stack.enter_async_context(client(url)) for name, url in servers.items()
         }
         await warm_up(clients, model, settings)
+        longest = 0.0
         for blocks in rounds:
-            if deadline is not None and time.monotonic() > deadline:
+            began = time.monotonic()
+            if deadline is not None and began + longest > deadline:
                 return
             for block in blocks:
                 tell(block)
@@ -389,6 +392,7 @@ async def _measure(
                 replies, seconds = await send(clients, model, block, settings)
                 steps = tally(log())
                 journal.add(rows_of(model, block, replies, seconds, steps, keep_text))
+            longest = max(longest, time.monotonic() - began)
 
 
 def model_facts(folder: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
     lowest, cell, where = min(found, key=lambda one: one[0])
     how = f"{1 - lowest:.1%} slower" if lowest < 1 else f"{lowest - 1:.1%} faster"
     name = "" if exact else f"{cell.policy}, "
-    within = ""
+    within = "; too few prompts for an interval"
     if cell.low is not None and cell.high is not None:
         within = f"; {cell.low - 1:+.1%} to {cell.high - 1:+.1%}"
     return f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})"

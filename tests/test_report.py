@@ -141,6 +141,25 @@ def test_a_ratio_is_of_the_pairs_that_both_ran(rows: list[Row]) -> None:
     assert ratio(rows, "static:3", "nobody") is None
 
 
+def test_a_short_runs_ratio_has_an_interval_all_the_same(rows: list[Row]) -> None:
+    first: dict[tuple[str, float, str], str] = {}
+    for row in rows:
+        first.setdefault((row.model, row.temperature, row.task), row.prompt)
+    short = [row for row in rows if first[row.model, row.temperature, row.task] == row.prompt]
+    found = ratio(short, "static:3", "static:1")
+    assert found is not None
+    assert found.pairs == len(first)  # one for each task under each condition
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= found.value <= found.high
+    # With one task under one condition there is nothing to draw from.
+    (one,) = {(r.model, r.temperature) for r in short[:1]}
+    alone = [r for r in short if (r.model, r.temperature) == one and r.task == short[0].task]
+    single = ratio(alone, "static:3", "static:1")
+    assert single is not None
+    assert (single.pairs, single.low) == (1, None)
+
+
 def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None:
     best = analysis.hindsight(rows)
     assert {c.concurrency for c in best} == {1}
