@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecascade import launch, policies
+from moecascade import launch, luck, policies
 from moecascade.client import Reply, chat
 from moecascade.errors import ConfigError
+from moecascade.replay import Conditions
 from moecascade.rows import BASELINE, PLAIN, Row, Steps, from_json, tally
 from moecascade.workloads import Prompt
 
@@ -253,9 +254,13 @@ def rows_of(
     replies: Sequence[Reply],
     seconds: float,
     steps: Mapping[str, Steps],
+    references: Mapping[str, float],
     keep_text: bool,
 ) -> list[Row]:
-    """Return a block's rows: the answers joined with the step log."""
+    """Return a block's rows: the answers joined with the step log, and what their texts are worth.
+
+    `references` are those of `luck.times`.
+    """
     made = []
     for request, reply in zip(block.requests, replies, strict=True):
         median, p95, p99 = np.percentile(reply.gaps or (0.0,), [50, 95, 99]).tolist()
@@ -280,6 +285,7 @@ def rows_of(
                 gaps=(median, p95, p99),
                 finish_reason=reply.finish_reason,
                 text=reply.text if keep_text else "",
+                reference=references.get(request.id),
                 **steps.get(request.id, Steps()).fields(request.drawn),
             )
         )
@@ -331,6 +337,31 @@ class Journal:
         self._file.close()
 
 
+def nothing() -> Iterator[Mapping[str, Any]]:
+    """Return the lines of a log that is not kept."""
+    return iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """What servers write meanwhile. Each returns the lines since it was last called.
+
+    Attributes:
+        steps: The step log (`moecascade.steplog`).
+        traces: The requests' traces with token ids (`moecascade.traces`), where their luck is to be
+            known, and
+        played: what they are replayed under for that.
+    """
+
+    steps: Callable[[], Iterator[Mapping[str, Any]]] = nothing
+    traces: Callable[[], Iterator[Mapping[str, Any]]] = nothing
+    played: Conditions | None = None
+
+    def references(self) -> dict[str, float]:
+        """Return `luck.times` of the requests that have ended since this was last called."""
+        return luck.times(self.traces(), self.played) if self.played else {}
+
+
 def measure(
     servers: Mapping[str, str],
     model: str,
@@ -338,7 +369,7 @@ def measure(
     settings: Settings,
     journal: Journal,
     *,
-    log: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(()),
+    logs: Logs | None = None,
     deadline: float | None = None,
     keep_text: bool = False,
     tell: Callable[[Block], None] = lambda _block: None,
@@ -351,7 +382,7 @@ def measure(
         rounds: From `plan`.
         settings: The same.
         journal: Where rows go.
-        log: Returns the step log's lines since it was last called.
+        logs: What the servers write; nothing if None.
         deadline: No round begins that would end after this time of `time.monotonic`, if it took as
             long as the longest so far.
         keep_text: Whether rows hold the answers.
@@ -360,7 +391,10 @@ def measure(
     Raises:
         SetupError: The server refuses a request or fails.
     """
-    asyncio.run(_measure(servers, model, rounds, settings, journal, log, deadline, keep_text, tell))
+    logs = logs or Logs()
+    asyncio.run(
+        _measure(servers, model, rounds, settings, journal, logs, deadline, keep_text, tell)
+    )
 
 
 async def _measure(
@@ -369,7 +403,7 @@ async def _measure(
     rounds: Sequence[Sequence[Block]],
     settings: Settings,
     journal: Journal,
-    log: Callable[[], Iterator[Mapping[str, Any]]],
+    logs: Logs,
     deadline: float | None,
     keep_text: bool,
     tell: Callable[[Block], None],
@@ -390,8 +424,8 @@ async def _measure(
                 if block.id in done:
                     continue
                 replies, seconds = await send(clients, model, block, settings)
-                steps = tally(log())
-                journal.add(rows_of(model, block, replies, seconds, steps, keep_text))
+                steps, references = tally(logs.steps()), logs.references()
+                journal.add(rows_of(model, block, replies, seconds, steps, references, keep_text))
             longest = max(longest, time.monotonic() - began)
 
 

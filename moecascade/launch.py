@@ -288,14 +288,22 @@ def _plugin(
     return [*switch, "--additional-config", _json({CONFIG_KEY: config})] if config else switch
 
 
+def drafter_of(flags: Flags) -> Mapping[str, Any]:
+    """Return the speculative configuration that `plan` serves with, as far as it can be read."""
+    if "speculative-config" not in flags:
+        return DRAFTER
+    with suppress(ValueError):  # vLLM will say what is wrong with it
+        found = json.loads(flags.value("speculative-config"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
 def _longest_draft(flags: Flags) -> int:
     """Return the longest draft of the drafter that the user chose, as far as it can be read."""
-    if text := flags.value("speculative-config"):
-        with suppress(ValueError, KeyError, TypeError):  # vLLM will say what is wrong with it
-            return int(json.loads(text)["num_speculative_tokens"])
-    if "speculative-config" in flags:
-        return ANY_K
-    return int(DRAFTER["num_speculative_tokens"])
+    with suppress(ValueError, KeyError, TypeError):
+        return int(drafter_of(flags)["num_speculative_tokens"])
+    return ANY_K
 
 
 def _entry(model: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from moecascade import analysis, figures, machine, policies, results
+from moecascade import analysis, figures, luck, machine, policies, results
 from moecascade.errors import ConfigError, SetupError
 from moecascade.files import write_whole
 from moecascade.findings import Finding, findings
@@ -33,6 +33,7 @@ class Report:
         aside: The servers' flags in those runs.
         pictures: The figures.
         findings: The headline: what was measured, beside the paper's figure where there is one.
+        evened: Whether the luck of sampled texts has been taken out of speed-ups.
     """
 
     found: Sequence[results.Results]
@@ -42,6 +43,18 @@ class Report:
     aside: str
     pictures: Sequence[Picture]
     findings: Sequence[Finding]
+    evened: bool
+
+    @property
+    def about_luck(self) -> str:
+        """What a reader must know of the texts, "" where there is nothing."""
+        if not self.evened:
+            return ""
+        return (
+            "With a temperature above 0 every policy writes its own answers; what of a speed was "
+            f"the luck of the text, judged by replaying it under `{luck.REFERENCE}`, has been "
+            "taken out."
+        )
 
 
 def load(sources: Sequence[Path]) -> list[results.Results]:
@@ -71,7 +84,8 @@ def build(found: Sequence[results.Results]) -> Report:
         parts = [[from_json(values) for values in part.rows] for part in found]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the results' rows are of another version ({error})") from None
-    rows = [row for part in parts for row in part]
+    measured = [row for part in parts for row in part]
+    rows = luck.evened(measured)
     runs = {row.run for row in rows if policies.parse(row.policy)[2]}
     flags = dict.fromkeys(
         " ".join(map(str, part.arguments.get("flags") or ()))
@@ -82,10 +96,11 @@ def build(found: Sequence[results.Results]) -> Report:
     varied = summarise([row for row in rows if row.run in runs]) if runs else []
     rest = [row for row in rows if row.run not in runs]
     cells = summarise(rest) if rest or not runs else []
-    points = analysis.utility_points(rows)
+    points = analysis.utility_points(measured)
     drawn = pictures(rows, cells, varied, aside, points)
     said = findings(rows, rest, cells, varied, points)
-    return Report(found, rows, cells, varied, aside, drawn, said)
+    evened = any(a is not b for a, b in zip(rows, measured, strict=True))
+    return Report(found, rows, cells, varied, aside, drawn, said, evened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +254,7 @@ def markdown(report: Report) -> str:
         note = f"; servers with `{table.note}`" if table.note else ""
         lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval{note}", ""]
         lines += markdown_table(table)
-    lines.append("")
+    lines += ["", *filter(None, [report.about_luck]), ""]
     for part in _parts(report):
         lines.append(
             f"Measured on {part['date']}: {part['machine']}, vLLM {part['vllm']}, "

@@ -80,6 +80,8 @@ class Row:
         drafted_at: how often it was verified.
         series: Each step's (K, tokens, seconds, utility or None); of few requests, to be drawn.
         text: What the model wrote; kept where results are small.
+        reference: Baseline steps a token that `luck.REFERENCE` takes for this answer in replay,
+            None where that is not known: what of a speed is the text's.
     """
 
     request: str
@@ -113,6 +115,7 @@ class Row:
     drafted_at: tuple[int, ...] = ()
     series: tuple[tuple[int, int, float, float | None], ...] = ()
     text: str = ""
+    reference: float | None = None
 
     @property
     def run(self) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from moecascade.files import Tail
 from moecascade.steps import Decision, Step
 
 SCHEMA = "moecascade.steps/1"
@@ -110,8 +111,8 @@ class Reader:
 
     def __init__(self, path: str | Path) -> None:
         """Begin at the log's beginning."""
-        self._path = Path(path)
-        self._at = 0
+        self._path = path
+        self._tail = Tail(path)
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Yield the steps since the last call; a line that is still being written is left out.
@@ -119,20 +120,10 @@ class Reader:
         Raises:
             ValueError: A whole line is not a step of this schema.
         """
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._at)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._at += len(line)
-                step = json.loads(line)
-                if step.get("schema") != SCHEMA:
-                    raise ValueError(
-                        f"{self._path}: not a step log of schema {SCHEMA!r}: {line[:80]!r}"
-                    )
-                yield step
+        for step in self._tail():
+            if not isinstance(step, dict) or step.get("schema") != SCHEMA:
+                raise ValueError(f"{self._path}: not a step log of schema {SCHEMA!r}: {step!r:.80}")
+            yield step
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from moecascade import replay, traces
-from moecascade.cli.replay import MIXTRAL_LIKE
 from moecascade.policies import register
 from moecascade.policies.marginal import Marginal
 from moecascade.steps import Decision, Proposal
@@ -40,8 +39,8 @@ class Watched(Marginal):
 def main() -> None:
     """Replay, choose three decisions, draw them."""
     register(Watched)
-    costs = [float(cost) for cost in MIXTRAL_LIKE.split(",")]
-    replay.play(list(traces.read(sys.argv[1:])), "watched", replay.Conditions(costs, noise=0.05))
+    conditions = replay.Conditions(replay.MIXTRAL_LIKE, noise=0.05)
+    replay.play(list(traces.read(sys.argv[1:])), "watched", conditions)
     late = seen[len(seen) // 2 :]  # once it has learnt
     chosen = []
     for title, k in (("an invention: K = 0", 0), ("in doubt: K = 2", 2), ("a copy: K = 8", 8)):

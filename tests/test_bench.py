@@ -324,7 +324,8 @@ def test_tokens_of_the_first_message_are_not_counted_as_decoded():
         finish_reason="stop",
         gaps=(0.3, 0.4),
     )
-    (made,) = bench.rows_of("local", block, [reply], 1.7, {}, keep_text=False)
+    (made,) = bench.rows_of("local", block, [reply], 1.7, {}, {}, keep_text=False)
+    assert made.reference is None
     assert made.decoded == 7
     assert made.seconds_per_token == pytest.approx(0.1)
     assert made.gaps[0] == pytest.approx(0.35)

@@ -16,9 +16,11 @@ import openai
 import psutil
 import pytest
 
-from moecascade import bench, launch, localmodel, server, steplog
+from moecascade import bench, launch, localmodel, luck, server, steplog
 from moecascade.client import chat
 from moecascade.errors import SetupError
+from moecascade.files import Tail
+from moecascade.replay import MIXTRAL_LIKE
 from moecascade.server import Server
 from moecascade.summary import summarise
 from moecascade.workloads import ALL, TASKS, mix, own
@@ -32,12 +34,13 @@ REPEAT = "Repeat this list three times: red, green, blue, yellow, black, white, 
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     """A real server with the local model."""
     scratch = tmp_path_factory.mktemp("server")
-    log = scratch / "steps.jsonl"
+    log, texts = scratch / "steps.jsonl", scratch / "traces.jsonl"
     saved = {name: os.environ.pop(name, None) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING",)}
     planned = launch.plan(
         str(localmodel.ensure("local")),
         ["--host", "127.0.0.1", "--port", str(server.free_port()), "--max-num-seqs", "4"],
         step_log=log,
+        trace_log=texts,
         local_name="local",
     )
     try:
@@ -58,7 +61,9 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tm
     rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 1), settings)
     journal = bench.Journal(tmp_path / "rows.jsonl", {})
     url, name = running.launch.url, running.launch.model
-    bench.measure({"off": url}, name, rounds, settings, journal, log=steplog.Reader(log))
+    played = luck.conditions(launch.DRAFTER)
+    logs = bench.Logs(steplog.Reader(log), Tail(log.with_name("traces.jsonl")), played)
+    bench.measure({"off": url}, name, rounds, settings, journal, logs=logs)
     rows = journal.rows
     assert len(rows) == 9
     for row in rows:
@@ -72,6 +77,9 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tm
             assert row.steps_at_0 == row.steps == row.emitted
         if row.policy == "static:3":
             assert row.k_total == 3 * row.steps
+            # Replay of the text drafts as the engine did.
+            time = sum(MIXTRAL_LIKE[at.drafted] * at.steps for at in row.by_k)
+            assert row.reference == pytest.approx(time / row.emitted, rel=0.05)
         assert sum(at.steps for at in row.by_k) == row.steps == len(row.series)
     assert sum(row.drafted for row in rows) > 0
     # What has been measured is not measured again.
@@ -87,7 +95,7 @@ def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: 
     reader = steplog.Reader(log)
     list(reader())  # what other tests left
     url, name = running.launch.url, running.launch.model
-    bench.measure({"off": url}, name, rounds, settings, journal, log=reader)
+    bench.measure({"off": url}, name, rounds, settings, journal, logs=bench.Logs(reader))
     assert len(journal.rows) == 8
     assert len({row.block for row in journal.rows}) == 2
     cells = summarise(journal.rows)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moecascade import bench as measuring
-from moecascade import policies, results, workloads
+from moecascade import luck, policies, results, workloads
 from moecascade.cli import measure
 from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
@@ -186,7 +186,7 @@ def _keep(
         models=about,
         servers=served,
         rows=[results.plain(row) for row in journal.rows],
-        summary=[results.plain(cell) for cell in summarise(journal.rows)],
+        summary=[results.plain(cell) for cell in summarise(luck.evened(journal.rows))],
     )
     results.write(out / RESULTS, found)
 
@@ -196,7 +196,8 @@ def _print(journal: measuring.Journal) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
-    for condition in dict.fromkeys(condition_of(row) for row in journal.rows):
-        rows = [row for row in journal.rows if condition_of(row) == condition]
+    measured = luck.evened(journal.rows)
+    for condition in dict.fromkeys(condition_of(row) for row in measured):
+        rows = [row for row in measured if condition_of(row) == condition]
         shown = [cell for cell in summarise(rows) if "+" not in cell.workload]
         console.print(table(shown, condition.title, ""))

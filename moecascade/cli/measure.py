@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moecascade import bench, launch, server, steplog
+from moecascade import bench, launch, luck, server, steplog
 from moecascade.cli.serve import find_model
 from moecascade.errors import SetupError
+from moecascade.files import Tail
 from moecascade.rows import BASELINE, PLAIN
 from moecascade.workloads import Prompt
 
@@ -77,13 +78,15 @@ def serve_and_measure(
     rounds = bench.plan(model, prompts, settings)
     where = ["--host", HOST, "--port"]
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch, ExitStack() as stack:
-        log = Path(scratch) / "steps.jsonl"
+        log, texts = Path(scratch) / "steps.jsonl", Path(scratch) / "traces.jsonl"
+        sampled = any(settings.temperatures)
         launches = {
             BASELINE: launch.plan(
                 folder,
                 [*where, str(server.free_port(HOST)), *flags],
                 max_k=None if _chooses_drafter(flags) else settings.max_k,
                 step_log=log,
+                trace_log=texts if sampled else None,
                 local_name=local_name,
             )
         }
@@ -101,9 +104,10 @@ def serve_and_measure(
             shown.console.print(f"{model}: vLLM ready after {time.monotonic() - began:.0f} s")
         urls = {name: one.url for name, one in launches.items()}
         served = launches[BASELINE]
-        reader = steplog.Reader(log)
+        played = luck.conditions(launch.drafter_of(launch.Flags(flags))) if sampled else None
+        logs = bench.Logs(steplog.Reader(log), Tail(texts), played)
         _measure(
-            urls, served.model, rounds, settings, journal, reader, deadline, keep_text, shown, bar
+            urls, served.model, rounds, settings, journal, logs, deadline, keep_text, shown, bar
         )
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
@@ -124,9 +128,8 @@ def on_running(
     rounds = bench.plan(model, prompts, settings)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    nothing: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(())
     _measure(
-        {BASELINE: url}, model, rounds, settings, journal, nothing, deadline, False, shown, bar
+        {BASELINE: url}, model, rounds, settings, journal, bench.Logs(), deadline, False, shown, bar
     )
     return {"name": model}, {"url": url}
 
@@ -137,7 +140,7 @@ def _measure(
     rounds: Sequence[Sequence[bench.Block]],
     settings: bench.Settings,
     journal: bench.Journal,
-    log: Callable[[], Iterator[Mapping[str, Any]]],
+    logs: bench.Logs,
     deadline: float | None,
     keep_text: bool,
     shown: Progress,
@@ -160,7 +163,7 @@ def _measure(
         rounds,
         settings,
         journal,
-        log=log,
+        logs=logs,
         deadline=deadline,
         keep_text=keep_text,
         tell=tell,

@@ -16,7 +16,7 @@ from moecascade import replay as replaying
 from moecascade import traces as recorded
 from moecascade.errors import ConfigError
 
-MIXTRAL_LIKE = "1,1.35,1.68,1.95,2.2,2.4,2.55,2.7,2.8"
+COSTS = ",".join(f"{time:g}" for time in replaying.MIXTRAL_LIKE)
 NOTES = (
     "Speed-up over no speculation, time in baseline steps; worst and 5th percentile: of single "
     f"requests of {replaying.LONG} tokens or more; K: drafts verified a step; off: steps without."
@@ -36,7 +36,7 @@ def replay(
     max_k: Annotated[int, typer.Option(metavar="K", help="Longest draft.")] = 8,
     cost: Annotated[
         str, typer.Option(metavar="TIMES", help="Step time over the baseline, at K = 0, 1, ...")
-    ] = MIXTRAL_LIKE,
+    ] = COSTS,
     noise: Annotated[
         float, typer.Option(metavar="SIGMA", help="Of log-normal noise on each step's time.")
     ] = 0.05,
@@ -85,7 +85,7 @@ def _curve(text: str) -> list[float]:
         return [float(value) for value in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"cost {text!r}: give numbers with commas between, such as {MIXTRAL_LIKE}"
+            f"cost {text!r}: give numbers with commas between, such as {COSTS}"
         ) from None
 
 
