@@ -4,7 +4,8 @@ A *block* is a few prompts under one policy, sent with a given number of request
 one in flight it is one prompt. A *round* is the same prompts under every policy, block after block,
 in an order that rotates from round to round, so that whatever drifts (clock speed, caches, what a
 policy has learnt) meets all of them alike. Rounds of different temperatures and concurrencies
-alternate, so that a run that ends early is a smaller run of the same shape.
+alternate, so that a run that ends early is a smaller run of the same shape; each begins elsewhere
+among the prompts, so that no policy has just answered what it is asked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = 24
 BLOCK = 2  # prompts of a block for each request in flight, where there is more than one
+ORDER = 2  # of sending; changed with it, so that no run goes on in another
 DRAWN = 2  # prompts of each task whose steps are kept, to be drawn
 
 
@@ -118,48 +120,50 @@ class Block:
     requests: tuple[Request, ...]
 
 
-def plan(model: str, prompts: Sequence[Prompt], settings: Settings) -> list[list[Block]]:
+def plan(model: str, given: Sequence[Prompt], settings: Settings) -> list[list[Block]]:
     """Return the rounds in the order of sending, each a list of blocks.
 
     Names follow from what is asked for, so that a run that was interrupted can find its place.
     """
-    what = json.dumps([model, asdict(settings), [asdict(p) for p in prompts]])
+    what = json.dumps([ORDER, model, asdict(settings), [asdict(p) for p in given]])
     run = hashlib.sha256(what.encode()).hexdigest()[:8]
-    tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
-    first = {p.id for task in tasks for p in [q for q in prompts if q.task == task][:DRAWN]}
+    tasks = list(dict.fromkeys(prompt.task for prompt in given))
     number = iter(range(100_000))
+    conditions = list(product(settings.temperatures, settings.concurrencies))
     by_condition = []
-    for temperature in settings.temperatures:
-        for concurrency in settings.concurrencies:
-            rounds = []
-            size = 1 if concurrency == 1 else BLOCK * concurrency
-            for at in range(0, len(prompts) - len(prompts) % size, size):
-                turn = at // size
-                if size == 1:  # rotate within each task, and begin elsewhere for each
-                    task = prompts[at].task
-                    turn = sum(p.task == task for p in prompts[:at]) + tasks.index(task)
-                blocks = []
-                for place in range(len(settings.measured)):
-                    requests = tuple(
-                        Request(
-                            f"mc-{run}-{next(number):05d}",
-                            prompt,
-                            settings.seed + at + i,
-                            concurrency == 1 and prompt.id in first,
-                        )
-                        for i, prompt in enumerate(prompts[at : at + size])
+    for part, (temperature, concurrency) in enumerate(conditions):
+        start = len(given) * part // len(conditions) // len(tasks) * len(tasks)
+        prompts = [*given[start:], *given[:start]]
+        first = {p.id for task in tasks for p in [q for q in prompts if q.task == task][:DRAWN]}
+        rounds = []
+        size = 1 if concurrency == 1 else BLOCK * concurrency
+        for at in range(0, len(prompts) - len(prompts) % size, size):
+            turn = at // size
+            if size == 1:  # rotate within each task, and begin elsewhere for each
+                task = prompts[at].task
+                turn = sum(p.task == task for p in prompts[:at]) + tasks.index(task)
+            blocks = []
+            for place in range(len(settings.measured)):
+                requests = tuple(
+                    Request(
+                        f"mc-{run}-{next(number):05d}",
+                        prompt,
+                        settings.seed + at + i,
+                        concurrency == 1 and prompt.id in first,
                     )
-                    spec = settings.measured[(turn + place) % len(settings.measured)]
-                    blocks.append(
-                        Block(requests[0].id, spec, temperature, concurrency, place, requests)
-                    )
-                rounds.append(blocks)
-            if not rounds:
-                raise ConfigError(
-                    f"{len(prompts)} prompts are too few for {concurrency} in flight; "
-                    f"give at least {size}"
+                    for i, prompt in enumerate(prompts[at : at + size])
                 )
-            by_condition.append(rounds)
+                spec = settings.measured[(turn + place) % len(settings.measured)]
+                blocks.append(
+                    Block(requests[0].id, spec, temperature, concurrency, place, requests)
+                )
+            rounds.append(blocks)
+        if not rounds:
+            raise ConfigError(
+                f"{len(prompts)} prompts are too few for {concurrency} in flight; "
+                f"give at least {size}"
+            )
+        by_condition.append(rounds)
     return [blocks for turn in zip_longest(*by_condition) for blocks in turn if blocks]
 
 

@@ -172,6 +172,17 @@ def test_the_drafter_drafts_as_far_as_the_longest_fixed_length():
 FIVE = Settings(policies=("off", "static:1", "static:3", "static:8", "cascade"))
 
 
+def test_a_policy_is_not_asked_at_one_temperature_what_it_has_just_answered_at_another():
+    rounds = bench.plan("local", mix(OURS), replace(FIVE, temperatures=(0.0, 0.8)))
+    first = [block for blocks in rounds[: len(rounds) // 2] for block in blocks]
+    asked = {t: {b.requests[0].prompt.id for b in first if b.temperature == t} for t in (0, 0.8)}
+    assert len(asked[0]) == len(asked[0.8]) == 24
+    assert not asked[0] & asked[0.8]
+    for at in (0, 1):  # tasks take turns at both
+        order = [blocks[0].requests[0].prompt.task for blocks in rounds[at::2]]
+        assert order == [*TASKS] * 16
+
+
 def planned(per_task: int, settings: Settings) -> list[bench.Block]:
     rounds = bench.plan("local", mix(OURS, per_task), settings)
     return [block for blocks in rounds for block in blocks]
