@@ -197,37 +197,41 @@ class Ratio:
 
     Attributes:
         value: Above 1, the first is faster.
-        low: Lower end, None where there were too few pairs.
+        low: Lower end, None where there were too few prompts.
         high: Upper end.
-        pairs: Pairs behind it.
+        pairs: Pairs behind it, and
+        prompts: of how many prompts they are.
     """
 
     value: float
     low: float | None
     high: float | None
     pairs: int
+    prompts: int
 
 
 def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
     """Return how much faster `policy` is than `other`, over all that both ran; None where nothing.
 
-    Conditions and tasks are strata of the interval, so their differences do not widen it; in a run
-    too short for that, with a single pair in some, tasks are, or nothing is.
+    Tasks are strata of the interval, so their differences do not widen it; in a run too short for
+    that, with a single prompt of some task, all prompts are drawn together.
     """
     parts: list[Pairs] = []
-    strata: list[tuple[str, ...]] = []
     for condition in dict.fromkeys(condition_of(row) for row in rows):
         here = [row for row in rows if condition_of(row) == condition]
         of = {name: units(row for row in here if row.policy == name) for name in (policy, other)}
         parts.append(pair(of[policy], of[other]))
-        strata += [(f"{condition}{task}", task, "") for task in parts[-1].tasks]
-    if not strata:
+    both = Pairs(
+        np.concatenate([part.before for part in parts]),
+        np.concatenate([part.after for part in parts]),
+        tuple(task for part in parts for task in part.tasks),
+        tuple(prompt for part in parts for prompt in part.prompts),
+    )
+    if both.ratio is None:
         return None
-    before = np.concatenate([part.before for part in parts])
-    after = np.concatenate([part.after for part in parts])
-    drawn = (interval(Pairs(before, after, tasks)) for tasks in zip(*strata, strict=True))
-    low, high = next(filter(None, drawn), (None, None))
-    return Ratio(float(before.sum() / after.sum()), low, high, len(before))
+    ends = interval(both) or interval(replace(both, tasks=("",) * len(both)))
+    low, high = ends or (None, None)
+    return Ratio(both.ratio, low, high, len(both), len(set(both.prompts)))
 
 
 def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:

@@ -120,6 +120,13 @@ class Block:
     requests: tuple[Request, ...]
 
 
+def turned(prompts: Sequence[Prompt], part: int, parts: int) -> list[Prompt]:
+    """Return the prompts from that part of them on, then the others; tasks take the same turns."""
+    tasks = len({prompt.task for prompt in prompts})
+    start = len(prompts) * part // parts // tasks * tasks
+    return [*prompts[start:], *prompts[:start]]
+
+
 def plan(model: str, given: Sequence[Prompt], settings: Settings) -> list[list[Block]]:
     """Return the rounds in the order of sending, each a list of blocks.
 
@@ -132,8 +139,7 @@ def plan(model: str, given: Sequence[Prompt], settings: Settings) -> list[list[B
     conditions = list(product(settings.temperatures, settings.concurrencies))
     by_condition = []
     for part, (temperature, concurrency) in enumerate(conditions):
-        start = len(given) * part // len(conditions) // len(tasks) * len(tasks)
-        prompts = [*given[start:], *given[:start]]
+        prompts = turned(given, part, len(conditions))
         first = {p.id for task in tasks for p in [q for q in prompts if q.task == task][:DRAWN]}
         rounds = []
         size = 1 if concurrency == 1 else BLOCK * concurrency

@@ -216,6 +216,7 @@ def change(found: analysis.Ratio) -> str:
     """Return a ratio as a change with its interval, and whether it can be told from none."""
     text = f"{found.value - 1:+.1%}"
     if found.low is None or found.high is None:
-        return f"{text} (too few pairs for an interval)"
+        return f"{text} (too few prompts for an interval)"
     telling = "" if found.low > 1 or found.high < 1 else "; within the noise"
-    return f"{text} ({found.low - 1:+.1%} to {found.high - 1:+.1%}, {found.pairs} pairs{telling})"
+    behind = f"{found.pairs} pairs of {found.prompts} prompts"
+    return f"{text} ({found.low - 1:+.1%} to {found.high - 1:+.1%}, {behind}{telling})"

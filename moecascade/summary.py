@@ -9,8 +9,10 @@ baseline decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
     speed-up = sum_i(n_i * s_i) / sum_i(n_i * p_i)
 
 is the time that the baseline took, over the time that the policy takes for as many tokens. The
-interval is a percentile bootstrap over pairs, which stay together; in a mix, each task's pairs are
-drawn among themselves, as its shares are given.
+interval is a percentile bootstrap over prompts: what is asked is what varies, and the pairs of one
+prompt, under several conditions or with several seeds, are no more than one draw (our local models
+even write the same text). In a mix, each task's prompts are drawn among themselves, as its shares
+are given.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from moecascade.errors import ConfigError
 from moecascade.rows import BASELINE, PLAIN, Row
-from moecascade.workloads import workloads
+from moecascade.workloads import REPEATED, workloads
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
@@ -119,6 +121,11 @@ class Unit:
     tokens: int
     seconds: float
 
+    @property
+    def asked(self) -> str:
+        """Its prompts, those that are repeated with another seed under one name."""
+        return " ".join(name.partition(REPEATED)[0] for name in self.key[1:])
+
 
 def condition_of(row: Row) -> Condition:
     """Return the condition under which a row was measured."""
@@ -152,11 +159,13 @@ class Pairs:
         before: Seconds of each unit under the baseline, shape (pairs,).
         after: Seconds under the policy for as many tokens, same shape.
         tasks: The task of each pair.
+        prompts: What was asked in each; pairs of the same prompt are drawn together.
     """
 
     before: NDArray[np.float64]
     after: NDArray[np.float64]
     tasks: tuple[str, ...]
+    prompts: tuple[str, ...]
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -181,12 +190,19 @@ def pair(policy: Iterable[Unit], baseline: Iterable[Unit]) -> Pairs:
         np.array([base.seconds for _, base in both]),
         np.array([base.tokens * unit.seconds / unit.tokens for unit, base in both]),
         tuple(unit.task for unit, _ in both),
+        tuple(unit.asked for unit, _ in both),
     )
 
 
 def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float] | None:
-    """Return the 95% interval of the pairs' ratio; None where a task has fewer than two."""
-    tasks = np.array(pairs.tasks)
+    """Return the 95% interval of the pairs' ratio; None where a task has fewer than two prompts."""
+    asked = list(zip(pairs.tasks, pairs.prompts, strict=True))
+    prompts = list(dict.fromkeys(asked))
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    of_pair = [number[prompt] for prompt in asked]
+    before = np.bincount(of_pair, pairs.before, len(prompts))
+    after = np.bincount(of_pair, pairs.after, len(prompts))
+    tasks = np.array([task for task, _ in prompts])
     if not len(pairs) or min(np.unique(tasks, return_counts=True)[1]) < 2:
         return None
     random = np.random.default_rng(seed)
@@ -195,7 +211,7 @@ def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float] | None:
         here = np.flatnonzero(tasks == task)
         drawn.append(here[random.integers(0, len(here), size=(RESAMPLES, len(here)))])
     chosen = np.concatenate(drawn, axis=1)
-    ratios = pairs.before[chosen].sum(axis=1) / pairs.after[chosen].sum(axis=1)
+    ratios = before[chosen].sum(axis=1) / after[chosen].sum(axis=1)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(ratios, [tail, 100 - tail])
     return float(low), float(high)

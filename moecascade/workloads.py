@@ -27,6 +27,7 @@ from moecascade.errors import ConfigError, SetupError
 
 TASKS = ("code", "math", "extraction")
 """The tasks of the paper, of which we have prompts of our own."""
+REPEATED = " #"  # between the name of a prompt and how often it is repeated
 ALL = "all"
 """The name of the mix of all tasks."""
 
@@ -107,7 +108,9 @@ def _repeated(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     repeated = []
     for i in range(number):
         prompt, again = prompts[i % len(prompts)], i // len(prompts)
-        repeated.append(replace(prompt, id=f"{prompt.id}#{again + 1}") if again else prompt)
+        repeated.append(
+            replace(prompt, id=f"{prompt.id}{REPEATED}{again + 1}") if again else prompt
+        )
     return repeated
 
 

@@ -14,8 +14,8 @@ from moecascade.bench import Settings
 from moecascade.client import Reply
 from moecascade.errors import ConfigError
 from moecascade.rows import AtK, Row, from_json, tally
-from moecascade.summary import Pairs, best_static, cell_of, interval, summarise
-from moecascade.workloads import ALL, TASKS, Prompt, mix, own, read, workloads
+from moecascade.summary import Pairs, best_static, cell_of, interval, summarise, units
+from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, mix, own, read, workloads
 
 ROW = Row(
     request="mc-00000000-00000",
@@ -65,7 +65,7 @@ def test_the_mix_alternates_between_the_tasks():
 
 def test_shares_are_equal_where_a_task_has_few_prompts():
     few = [Prompt("a", "x", "?"), Prompt("b", "x", "!"), Prompt("c", "y", ".")]
-    assert [p.id for p in mix(few, 3)] == ["a", "c", "b", "c#2", "a#2", "c#3"]
+    assert [p.id for p in mix(few, 3)] == ["a", "c", "b", "c #2", "a #2", "c #3"]
     assert [p.id for p in mix(few)] == ["a", "c", "b"]
 
 
@@ -406,9 +406,23 @@ def test_without_the_baseline_there_is_no_speed_up():
 
 def test_the_interval_of_a_constant_ratio_is_a_point():
     before = np.array([1.0, 5.0, 0.3])
-    pairs = Pairs(before, before / 1.25, ("a", "a", "a"))
+    pairs = Pairs(before, before / 1.25, ("a", "a", "a"), ("1", "2", "3"))
     assert interval(pairs) == pytest.approx((1.25, 1.25))
-    assert interval(Pairs(before[:1], before[:1], ("a",))) is None
+    assert interval(Pairs(before[:1], before[:1], ("a",), ("1",))) is None
+
+
+FORTY = tuple(str(i) for i in range(40))
+
+
+def test_to_measure_the_same_prompts_again_makes_no_interval_narrower():
+    """Another model, temperature or seed is another measurement, but no other prompt."""
+    random = np.random.default_rng(3)
+    before, after = np.ones(40), random.uniform(0.5, 1.0, size=40)
+    once = interval(Pairs(before, after, ("a",) * 40, FORTY))
+    twice = interval(Pairs(np.tile(before, 2), np.tile(after, 2), ("a",) * 80, FORTY * 2))
+    assert once == pytest.approx(twice)
+    rows = [row("code-1", "off", 100, 2.0), row(f"code-1{REPEATED}2", "cascade", 100, 1.0)]
+    assert {unit.asked for unit in units(rows)} == {"code-1"}
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
@@ -417,7 +431,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     for i in range(200):
         before = random.uniform(1, 2, size=40)
         after = before / 1.3 * random.lognormal(-0.02, 0.2, size=40)  # mean factor 1
-        ends = interval(Pairs(before, after, ("a",) * 40), seed=i)
+        ends = interval(Pairs(before, after, ("a",) * 40, FORTY), seed=i)
         assert ends is not None
         covered += ends[0] <= 1.3 <= ends[1]
     assert 0.88 <= covered / 200 <= 0.99
@@ -426,7 +440,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 def test_that_tasks_differ_does_not_widen_the_interval_of_their_mix():
     before = np.ones(40)
     after = np.array([0.5, 1.0] * 20)  # two tasks, each constant
-    mixed = interval(Pairs(before, after, ("a", "b") * 20))
+    mixed = interval(Pairs(before, after, ("a", "b") * 20, FORTY))
     assert mixed == pytest.approx((40 / 30, 40 / 30))
 
 
