@@ -221,6 +221,8 @@ def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
         here = [row for row in rows if condition_of(row) == condition]
         of = {name: units(row for row in here if row.policy == name) for name in (policy, other)}
         parts.append(pair(of[policy], of[other]))
+    if not parts:
+        return None
     both = Pairs(
         np.concatenate([part.before for part in parts]),
         np.concatenate([part.after for part in parts]),

@@ -139,6 +139,7 @@ def test_a_ratio_is_of_the_pairs_that_both_ran(rows: list[Row]) -> None:
     # The other way round, but for the weights of the pairs.
     assert ahead.value == pytest.approx(1 / behind.value, rel=0.05)
     assert ratio(rows, "static:3", "nobody") is None
+    assert ratio([], "static:3", "static:1") is None
 
 
 def test_a_short_runs_ratio_has_an_interval_all_the_same(rows: list[Row]) -> None:
