@@ -52,7 +52,7 @@ class Report:
             return ""
         return (
             "With a temperature above 0 every policy writes its own answers; what of a speed was "
-            f"the luck of the text, judged by replaying it under `{luck.REFERENCE}`, has been "
+            f"the luck of the text, judged by replaying it under {luck.REFERENCE}, has been "
             "taken out."
         )
 
