@@ -12,29 +12,10 @@ from moecascade import analysis, launch, luck
 from moecascade.replay import MIXTRAL_LIKE, Conditions, play
 from moecascade.rows import Row
 from moecascade.traces import Trace
+from tests.test_bench import ROW
 
 SPEED = {"off": 0.0, "static:3": 1.0, "cascade": 0.9, "marginal": 0.9}  # by how much luck counts
 TRUTH = {"off": 1.0, "static:3": 0.9, "cascade": 0.85, "marginal": 0.80}  # time a token
-ROW = Row(
-    request="mc-00000000-00000",
-    model="local",
-    prompt="code-01",
-    task="code",
-    policy="off",
-    temperature=0.8,
-    concurrency=1,
-    block="",
-    block_seconds=0.0,
-    place=0,
-    seed=0,
-    prompt_tokens=50,
-    tokens=101,
-    decoded=100,
-    first_seconds=0.1,
-    decode_seconds=2.0,
-    gaps=(0.02, 0.03, 0.04),
-    finish_reason="length",
-)
 
 
 def world(seed: int, prompts: int = 24, known: bool = True) -> list[Row]:
@@ -50,6 +31,7 @@ def world(seed: int, prompts: int = 24, known: bool = True) -> list[Row]:
                 replace(
                     ROW,
                     policy=policy,
+                    temperature=0.8,
                     prompt=f"code-{i}",
                     decode_seconds=2.0 * max(time, 0.2),
                     reference=1.0 + typical + text if known else None,
