@@ -347,7 +347,7 @@ class Journal:
         self._file.close()
 
 
-def nothing() -> Iterator[Mapping[str, Any]]:
+def _nothing() -> Iterator[Mapping[str, Any]]:
     """Return the lines of a log that is not kept."""
     return iter(())
 
@@ -363,8 +363,8 @@ class Logs:
         played: what they are replayed under for that.
     """
 
-    steps: Callable[[], Iterator[Mapping[str, Any]]] = nothing
-    traces: Callable[[], Iterator[Mapping[str, Any]]] = nothing
+    steps: Callable[[], Iterator[Mapping[str, Any]]] = _nothing
+    traces: Callable[[], Iterator[Mapping[str, Any]]] = _nothing
     played: Conditions | None = None
 
     def references(self) -> dict[str, float]:
