@@ -91,7 +91,7 @@ def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
     name = "" if exact else f"{cell.policy}, "
     within = "; too few prompts for an interval"
     if cell.low is not None and cell.high is not None:
-        within = f"; {cell.low - 1:+.1%} to {cell.high - 1:+.1%}"
+        within = f"; {cell.low - 1:+z.1%} to {cell.high - 1:+z.1%}"
     return f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})"
 
 
@@ -100,7 +100,7 @@ def _crowds(cells: Sequence[Cell]) -> list[Finding]:
     made = []
     for policy in ADAPTIVE:
         parts = [
-            f"{cell.concurrency} at once: {cell.speedup - 1:+.1%}{_within(cell)}"
+            f"{cell.concurrency} at once: {cell.speedup - 1:+z.1%}{_within(cell)}"
             for of in totals(cells).values()
             for cell in of
             if cell.policy == policy and cell.concurrency > 1 and cell.speedup is not None
@@ -113,7 +113,7 @@ def _crowds(cells: Sequence[Cell]) -> list[Finding]:
 def _within(cell: Cell) -> str:
     if cell.low is None or cell.high is None:
         return ""
-    return f" ({cell.low - 1:+.1%} to {cell.high - 1:+.1%})"
+    return f" ({cell.low - 1:+z.1%} to {cell.high - 1:+z.1%})"
 
 
 def _advantage(rows: Sequence[Row]) -> list[Finding]:
@@ -143,7 +143,7 @@ def _apart(varied: Sequence[Cell]) -> list[Finding]:
         Finding(
             f"{condition.title}, see other settings: all tasks, against no speculation",
             "; ".join(
-                f"{cell.policy} {cell.speedup - 1:+.1%}{_within(cell)}"
+                f"{cell.policy} {cell.speedup - 1:+z.1%}{_within(cell)}"
                 for cell in cells
                 if cell.speedup is not None and "[" not in cell.policy and cell.policy != BASELINE
             ),
@@ -214,9 +214,9 @@ def _deciding(rows: Sequence[Row]) -> list[Finding]:
 
 def change(found: analysis.Ratio) -> str:
     """Return a ratio as a change with its interval, and whether it can be told from none."""
-    text = f"{found.value - 1:+.1%}"
+    text = f"{found.value - 1:+z.1%}"
     if found.low is None or found.high is None:
         return f"{text} (too few prompts for an interval)"
     telling = "" if found.low > 1 or found.high < 1 else "; within the noise"
     behind = f"{found.pairs} pairs of {found.prompts} prompts"
-    return f"{text} ({found.low - 1:+.1%} to {found.high - 1:+.1%}, {behind}{telling})"
+    return f"{text} ({found.low - 1:+z.1%} to {found.high - 1:+z.1%}, {behind}{telling})"
