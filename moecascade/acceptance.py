@@ -22,10 +22,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import exp, sqrt
-from operator import mul
 
 from moecascade.context import Context, Text
-from moecascade.phrases import REACH, Phrases
+from moecascade.phrases import CLASSES, REACH, Phrases
 
 RATE = 0.5  # size of a first step; replay is flat between 0.3 and 0.8
 FADE = 0.8  # memory of a request's hits, a draft
@@ -35,17 +34,34 @@ HITS = 0.3  # share of hits of a request that has had no draft yet
 FURTHER = 0.8, 5.0  # guess of a token's chance after right ones, and its weight in drafts
 
 KEEP = 0.995  # of what is known of a place, a draft
-PAIRS = 1 << 16  # pairs of tokens that are told apart, so that memory is bounded
+LONGEST = 64  # tokens of a draft that are judged
+TOKENS = 1 << 17  # that are told apart, as many pairs of them, so that memory is bounded
 
-# Categories are numbers, which are quick to make: their kind, and which of that kind.
+# Categories are places in one table, which is quick to read; each kind has a stretch of it.
 Features = tuple[int, ...]
-_KINDS = 12
-_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST = range(6)  # of a draft
-_TOKEN, _BEFORE, _PAIR, _PLACE, _SHORTER, _LONGER = range(6, _KINDS)  # of one of its tokens
-# The class of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32.
-_STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)
-_MATCHES = 16  # more than there are of these
-_NOTHING = (0.0,) * 16  # weights of categories never seen, at least as many as there are kinds
+_MATCHES = 10  # classes of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32
+_STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)  # the class of each
+_STRETCHES = {
+    # of a draft
+    "any": 1,
+    "match": _MATCHES,
+    "agreed": 25,
+    "against": 2 * _MATCHES,
+    "hits": 9,
+    "last": 27,
+    # of one of its tokens
+    "place": _MATCHES * LONGEST,
+    "shorter": CLASSES,
+    "longer": CLASSES,
+    "token": TOKENS,
+    "before": TOKENS,
+    "pair": TOKENS,
+}
+_BEGINS = list(accumulate(_STRETCHES.values(), initial=0))
+_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST = _BEGINS[:6]
+_PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[6:]
+_PLACES = [range(_PLACE + i, _SHORTER, _MATCHES) for i in range(_MATCHES)]  # after each match
+_MASK = TOKENS - 1
 
 
 @dataclass(slots=True)
@@ -85,30 +101,56 @@ class Acceptance:
 
     def __init__(self) -> None:
         """Begin with no evidence."""
-        self._weights: dict[int, float] = {}
-        self._evidence: dict[int, float] = {}
+        self._weights = [0.0] * _END
+        self._evidence = [1.0] * _END
         self._slope, self._slope_evidence = 1.0, SLOPE_EVIDENCE
         self._phrases = Phrases()
-        self._right: dict[int, float] = {}  # by place in a draft, of those that were compared
-        self._tried: dict[int, float] = {}
+        self._right = [0.0] * LONGEST  # by place in a draft, of those that were compared
+        self._tried = [0.0] * LONGEST
 
     def predict(self, record: Record, draft: Sequence[int]) -> list[float]:
         """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
 
-        The draft is remembered, and scored when the tokens come: see `learn`.
+        Of its first `LONGEST`, that is. The draft is remembered, and scored when the tokens come:
+        see `learn`.
         """
-        context = record.text.context(draft[0])
+        text, weights, slope = record.text, self._weights, self._slope
+        context = text.context(draft[0])
         features = _features(record, context)
-        phrases = self._phrases.classes(record.text.ending(REACH), draft)
-        own = _own(draft, context, phrases)
         if record.shadow is not None:
             self._end(record.shadow)
-        weight = self._weights.get
-        common = START + sum(map(weight, features, _NOTHING))
-        odds = [common + sum(map(weight, keys, _NOTHING)) for keys in own]
+        common = START + sum([weights[key] for key in features])
+        own: list[Features] = []
+        odds: list[float] = []
+        survival: list[float] = []
+        chance = 1.0
+        before = context.before & _MASK
+        for token, place, (shorter, longer) in zip(
+            draft,
+            _PLACES[_STEPS[context.agreeing]],
+            self._phrases.classes(text.ending(REACH), draft),
+            strict=False,
+        ):
+            # Its place after such a match; itself; what it follows; both; and how it stands to the
+            # phrases before it.
+            here = token & _MASK
+            keys = (
+                place,
+                _TOKEN + here,
+                _BEFORE + before,
+                _PAIR + ((before * 1_000_003 + here) & _MASK),
+                _SHORTER + shorter,
+                _LONGER + longer,
+            )
+            a, b, c, d, e, f = keys
+            z = common + weights[a] + weights[b] + weights[c] + weights[d] + weights[e] + weights[f]
+            chance /= 1.0 + exp(-slope * z)
+            own.append(keys)
+            odds.append(z)
+            survival.append(chance)
+            before = here
         record.shadow = _Shadow(draft, features, own, odds)
-        slope = self._slope
-        return list(accumulate([1.0 / (1.0 + exp(-slope * z)) for z in odds], mul))
+        return survival
 
     def prolonged(self, survival: Iterable[float], length: int) -> list[float]:
         """Return a prediction prolonged to `length` tokens, those of which nothing is known yet.
@@ -118,8 +160,8 @@ class Acceptance:
         longer = list(survival)[:length]
         guess, weight = FURTHER
         while longer and len(longer) < length:
-            place = len(longer)
-            right, tried = self._right.get(place, 0.0), self._tried.get(place, 0.0)
+            place = min(len(longer), LONGEST - 1)
+            right, tried = self._right[place], self._tried[place]
             longer.append(longer[-1] * (right + guess * weight) / (tried + weight))
         return longer
 
@@ -132,9 +174,10 @@ class Acceptance:
 
     def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:
         """Compare a draft with new tokens; return whether it has tokens left to compare."""
+        right, tried = self._right, self._tried
+        draft, i = shadow.tokens, shadow.scored
         for token in tokens:
-            i = shadow.scored
-            hit = shadow.tokens[i] == token
+            hit = draft[i] == token
             odds = shadow.odds[i]
             error = 1.0 / (1.0 + exp(-odds)) - hit
             square = error * error
@@ -145,13 +188,15 @@ class Acceptance:
             self._slope = max(0.0, slope)  # below, what looks better would count as worse
             shadow.errors += error
             shadow.squares += square
-            self._right[i] = KEEP * self._right.get(i, 0.0) + hit
-            self._tried[i] = KEEP * self._tried.get(i, 0.0) + 1.0
-            shadow.scored += 1
-            if not hit or shadow.scored == len(shadow.tokens):
+            right[i] = KEEP * right[i] + hit
+            tried[i] = KEEP * tried[i] + 1.0
+            i += 1
+            if not hit or i == len(shadow.own):
+                shadow.scored = i
                 self._end(shadow)
-                _remember(record, i + hit)
+                _remember(record, i - 1 + hit)
                 return False
+        shadow.scored = i
         return True
 
     def _end(self, shadow: _Shadow) -> None:
@@ -162,9 +207,10 @@ class Acceptance:
     def _move(self, keys: Features, error: float, square: float) -> None:
         """Move weights against an error, the less the more has been seen of each."""
         weights, evidence = self._weights, self._evidence
+        error *= RATE
         for key in keys:
-            seen = evidence[key] = evidence.get(key, 1.0) + square
-            weights[key] = weights.get(key, 0.0) - RATE * error / sqrt(seen)
+            seen = evidence[key] = evidence[key] + square
+            weights[key] -= error / sqrt(seen)
 
 
 def _remember(record: Record, right: int) -> None:
@@ -174,38 +220,13 @@ def _remember(record: Record, right: int) -> None:
 
 def _features(record: Record, context: Context) -> Features:
     """Return the categories that hold for every token of a draft, the first for any draft."""
-    agreeing, opposing, places = context.agreeing, context.opposing, context.places
-    share = 0 if not context.agreed else 1 + 3 * context.agreed // places
+    agreeing, opposing, places, agreed, _ = context
+    share = 0 if not agreed else 1 + 3 * agreed // places
     return (
         _ANY,
-        _MATCH + _KINDS * _STEPS[agreeing],
-        _AGREED + _KINDS * (5 * share + min(places, 4)),
-        _AGAINST + _KINDS * (2 * _STEPS[opposing] + (opposing >= agreeing)),
-        _HITS + _KINDS * int(record.hits * 8),
-        _LAST + _KINDS * record.last,
+        _MATCH + _STEPS[agreeing],
+        _AGREED + 5 * share + min(places, 4),
+        _AGAINST + 2 * _STEPS[opposing] + (opposing >= agreeing),
+        _HITS + int(record.hits * 8),
+        _LAST + record.last,
     )
-
-
-def _own(
-    draft: Sequence[int], context: Context, phrases: Sequence[tuple[int, int]]
-) -> list[Features]:
-    """Return the categories of each token of a draft.
-
-    They are: its place after such a match; itself; what it follows; both; and how it stands to the
-    phrases before it.
-    """
-    before, match = context.before, _PLACE + _KINDS * _STEPS[context.agreeing]
-    own: list[Features] = []
-    for i, token in enumerate(draft):
-        own.append(
-            (
-                match + _KINDS * _MATCHES * i,
-                _TOKEN + _KINDS * token,
-                _BEFORE + _KINDS * before,
-                _PAIR + _KINDS * ((before * 1_000_003 + token) % PAIRS),
-                _SHORTER + _KINDS * phrases[i][0],
-                _LONGER + _KINDS * phrases[i][1],
-            )
-        )
-        before = token
-    return own

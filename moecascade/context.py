@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PLACES = 8  # latest earlier places that are looked at
 REACH = 32  # longest match that is told apart
 NEWEST = 16_384  # tokens of a prompt that are kept: the latest ones
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """A draft in its text.
 
     Attributes:
@@ -45,16 +44,13 @@ class Text:
     def __init__(self, prompt: Sequence[int]) -> None:
         """Keep the prompt."""
         self._tokens = list(prompt[-NEWEST:])
+        self.extend = self._tokens.extend  # appends what was generated
         self._ends: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         self._indexed = 2  # tokens that were looked at: from the third on they follow a pair
 
     def __len__(self) -> int:
         """Return how many tokens are kept."""
         return len(self._tokens)
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append what was generated."""
-        self._tokens.extend(tokens)
 
     def ending(self, count: int) -> list[int]:
         """Return the last tokens, at most `count`."""
@@ -69,23 +65,27 @@ class Text:
         self._indexed = max(self._indexed, here)
         places = self._ends.get((text[-2], text[-1]), [])[-PLACES:] if here > 1 else []
         agreeing, opposing, agreed = 0, 0, 0
-        third = text[-3] if here > 2 else -1
         for place in places:
-            # Most matches end at once, and time is short.
-            length = _match(text, place, here) if place > 2 and text[place - 3] == third else 2
             if text[place] == token:
                 agreed += 1
-                agreeing = max(agreeing, length)
-            elif length > opposing:
-                opposing = length
+                agreeing = _longer(text, place, here, agreeing)
+            else:
+                opposing = _longer(text, place, here, opposing)
         before = text[-1] if text else -1
         return Context(agreeing, opposing, len(places), agreed, before)
 
 
-def _match(text: Sequence[int], place: int, here: int) -> int:
-    """Return how many tokens before `place` equal those before `here`, three being known."""
+def _longer(text: Sequence[int], place: int, here: int, than: int) -> int:
+    """Return how many tokens before `place` equal those before `here`, two being known.
+
+    If they are not more than those known already, the answer is that.
+    """
+    length = than or 2
+    # Most matches are not longer, and time is short: one more token would have to be the same.
+    if length == REACH or length >= place or text[place - length - 1] != text[here - length - 1]:
+        return length
     furthest = min(REACH, place)
-    length = 3
+    length = 2
     step = 16  # found by halving, with whole slices
     while step:
         longer = length + step
@@ -93,4 +93,4 @@ def _match(text: Sequence[int], place: int, here: int) -> int:
             length = longer
         else:
             step //= 2
-    return length
+    return max(length, than)

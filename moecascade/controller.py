@@ -24,7 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """A policy object and the requests that it decides for."""
 
@@ -87,19 +87,22 @@ class Controller:
     def observe(self, step: Step) -> None:
         """Show a step to every policy that has a request in it."""
         group_of = self._group_of.get
-        seen = {id(group): group for part in step.requests if (group := group_of(part.request_id))}
-        for group in seen.values():
-            self._guarded(group, group.policy.observe, step)
+        for group in dict.fromkeys([group_of(part.request_id) for part in step.requests]):
+            if group is not None:
+                self._guarded(group, group.policy.observe, step)
 
     def decide(self, proposals: Sequence[Proposal]) -> dict[str, Decision]:
         """Return the decision for the next step of each request; K = 0 for unknown ones."""
-        groups = [self._group_of.get(proposal.request_id) for proposal in proposals]
+        group_of = self._group_of.get
+        groups = [group_of(proposal.request_id) for proposal in proposals]
+        different = dict.fromkeys(groups)
         decisions: dict[str, Decision] = {}
-        for group in {id(group): group for group in groups}.values():
-            members = [p for p, of in zip(proposals, groups, strict=True) if of is group]
-            made = group and self._guarded(group, _checked, group, members, self._max_k)
-            for decision in made or [Decision(p.request_id, 0, "fault") for p in members]:
-                decisions[decision.request_id] = decision
+        for group in different:
+            members = proposals
+            if len(different) > 1:
+                members = [p for p, of in zip(proposals, groups, strict=True) if of is group]
+            made = group and self._guarded(group, _decisions, group, members, self._max_k)
+            decisions |= made or {p.request_id: Decision(p.request_id, 0, "fault") for p in members}
         return decisions
 
     def lookahead(self, request_ids: Sequence[str]) -> int:
@@ -161,11 +164,13 @@ class Controller:
             return None
 
 
-def _checked(group: _Group, proposals: Sequence[Proposal], max_k: int) -> list[Decision]:
+def _decisions(group: _Group, proposals: Sequence[Proposal], max_k: int) -> dict[str, Decision]:
     """Return the policy's decisions on `proposals`; ValueError where they are not usable."""
     decisions = group.policy.decide(proposals)
-    if [d.request_id for d in decisions] != [p.request_id for p in proposals]:
+    by_id = {d.request_id: d for d in decisions}
+    if list(by_id) != [p.request_id for p in proposals]:
         raise ValueError(f"policy {group.spec!r} decided for other requests than it was asked for")
-    if not all(0 <= d.k <= max_k for d in decisions):
+    ks = [d.k for d in decisions]
+    if min(ks) < 0 or max(ks) > max_k:
         raise ValueError(f"policy {group.spec!r} decided a K outside 0..{max_k}: {decisions}")
-    return decisions
+    return by_id

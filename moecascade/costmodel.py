@@ -70,7 +70,9 @@ class CostModel:
         self._seen = 0
         self._priors: dict[int, float] = {}
         self._costs: dict[int, Array] = {}
+        self._listed: dict[int, list[float]] = {}
         self._curve: Array | None = None
+        self._nearness: Array | None = None  # of each point of the curve to what was measured
         self._reach(2 * EXACT)
 
     def observe(self, positions: int, seconds: float, passes: int = 0) -> None:
@@ -90,6 +92,8 @@ class CostModel:
             surprise = 1.0
         self._doubted = 0
         near = _class_of(positions)
+        if near not in self._ratio:
+            self._nearness = None
         ratio = self._without_passes(positions, seconds / self._level, passes) / prior
         weight = self._weight.get(near, 0.0)
         self._weight[near] = weight = min(weight + 1.0, self.memory)
@@ -101,6 +105,7 @@ class CostModel:
         if self._seen < self.settled or self._seen % self.every == 0:
             self._curve = None
             self._costs.clear()
+            self._listed.clear()
 
     def _without_passes(self, positions: int, time: float, passes: int) -> float:
         """Learn what passes take; return what the step took without them.
@@ -142,6 +147,13 @@ class CostModel:
             known = self._costs[requests] = np.maximum(1.0, times / times[0])
         return known
 
+    def listed(self, requests: int, most: int) -> list[float]:
+        """Return `costs` as a list, which is quicker where few are wanted."""
+        known = self._listed.get(requests)
+        if known is None or len(known) <= most:
+            known = self._listed[requests] = self.costs(requests, most).tolist()
+        return known
+
     def _reaching(self, positions: int) -> Array:
         """Return the curve, which reaches at least `positions`."""
         if positions > len(self._positions):
@@ -154,16 +166,17 @@ class CostModel:
         """Let the curve reach `most` positions."""
         self._positions = np.arange(1.0, most + 1.0)
         self._points = np.array([_middle(c) for c in range(1, _class_of(most) + 2)])
-        self._octaves = np.log2(self._points)[:, None]
         self._prior_points = self._prior(self._points)
-        self._curve = None
+        self._nearness = self._curve = None
 
     def _drawn(self) -> Array:
         """Return T(1), T(2), ...: exact where classes are single, else interpolated."""
-        known = np.log2([_middle(c) for c in self._ratio])
-        weights = np.fromiter(self._weight.values(), float, len(known))
-        ratios = np.fromiter(self._ratio.values(), float, len(known))
-        near = weights * np.exp(-np.abs(self._octaves - known) / self.nearness)
+        if self._nearness is None:
+            known = np.log2([_middle(c) for c in self._ratio])
+            octaves = np.abs(np.log2(self._points)[:, None] - known)
+            self._nearness = np.exp(-octaves / self.nearness)
+        near = self._nearness * np.fromiter(self._weight.values(), float, len(self._weight))
+        ratios = np.fromiter(self._ratio.values(), float, len(self._ratio))
         correction = (self.belief + near @ ratios) / (self.belief + near.sum(axis=1))
         drawn: Array = np.interp(self._positions, self._points, self._prior_points * correction)
         return drawn

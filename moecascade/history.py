@@ -40,12 +40,20 @@ class History:
         self._ended = [0.0] * (STATES * self._width)
         self._cut = [0.0] * (STATES * self._width)
         self._steps = 0
-        self._survival = self._table()
+        self._renew()
 
     def survival(self, states: Sequence[int]) -> NDArray[np.float64]:
         """Return the chance that at least 1, 2, ... tokens are accepted, shape (states, max_k)."""
         found: NDArray[np.float64] = self._survival[states]
         return found
+
+    def ranked(self) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Return the slots of all states by their chances, best first, and these.
+
+        Slot ``state * max_k + i`` is token i + 1 of a draft in that state; those of one state are
+        in order.
+        """
+        return self._slots, self._chances
 
     def learn(self, state: int, draft: Sequence[int], tokens: Sequence[int]) -> int:
         """Compare a draft with the tokens that were generated; return the request's next state.
@@ -58,23 +66,26 @@ class History:
         if draft[0] != tokens[0]:  # most are, and time is short
             self._ended[state * self._width] += 1.0
             return 3 * state % STATES
-        right = 0
-        for drafted, token in zip(draft, tokens, strict=False):
-            if drafted != token:
-                self._ended[state * self._width + right] += 1.0
-                break
+        right, compared = 1, min(len(draft), len(tokens))
+        while right < compared and draft[right] == tokens[right]:
             right += 1
-        else:
-            self._cut[state * self._width + right] += 1.0
+        counts = self._ended if right < compared else self._cut
+        counts[state * self._width + right] += 1.0
         return (3 * state + (1 if right < 3 else 2)) % STATES
 
     def step(self) -> None:
         """Count a step: now and then the table follows what was learnt."""
         self._steps += 1
         if self._steps % EVERY == 0:
-            self._survival = self._table()
+            self._renew()
             self._ended = [KEEP * count for count in self._ended]
             self._cut = [KEEP * count for count in self._cut]
+
+    def _renew(self) -> None:
+        """Let the table follow the evidence."""
+        self._survival = self._table()
+        self._slots = np.argsort(-self._survival, axis=None, kind="stable")
+        self._chances = self._survival.ravel()[self._slots]
 
     def _table(self) -> NDArray[np.float64]:
         ended = np.array(self._ended).reshape(STATES, self._width)

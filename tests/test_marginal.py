@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecascade.acceptance import Acceptance, Record
+from moecascade.acceptance import LONGEST, Acceptance, Record
 from moecascade.context import NEWEST, PLACES, REACH, Text
 from moecascade.costmodel import EXACT, CostModel, expert_union
-from moecascade.history import FIRST, History
+from moecascade.history import FIRST, STATES, History
 from moecascade.phrases import CLASSES, SLOTS, Phrases
 from moecascade.phrases import REACH as PHRASE
 from moecascade.policies import create
@@ -117,6 +117,18 @@ def test_a_draft_is_scored_alike_however_its_tokens_come(sizes: list[int], lengt
         at += size
     assert pieces._weights == whole._weights
     assert record.shadow is None
+
+
+def test_drafts_of_any_length_are_judged() -> None:
+    """Of the longest ones the first part; they are prolonged to any length."""
+    text = [i % 7 for i in range(100)]
+    model, record = Acceptance(), Record(Text(text))
+    for length in (LONGEST - 1, LONGEST, LONGEST + 1, 5 * LONGEST):
+        survival = model.predict(record, [(2 + i) % 7 for i in range(length)])
+        assert len(survival) == min(length, LONGEST)
+        assert len(model.prolonged(survival, 3 * LONGEST)) == 3 * LONGEST
+        model.learn(record, [(2 + i) % 7 for i in range(7)])
+    assert survival[0] > survival[-1] > 0
 
 
 def test_survival_never_rises_along_a_draft() -> None:
@@ -241,29 +253,37 @@ def test_slots_are_admitted_as_by_trying_every_allocation(chances: list[list[flo
 
 @given(
     st.lists(
-        st.lists(st.floats(0.0, 1.0), max_size=3).map(lambda s: sorted(s, reverse=True)),
-        min_size=1,
+        st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3).map(
+            lambda s: sorted(s, reverse=True)
+        ),
+        min_size=3,
         max_size=3,
-    )
+    ),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=4),
 )
-def test_a_crowd_is_served_as_by_trying_every_allocation(chances: list[list[float]]) -> None:
+def test_a_crowd_is_served_as_by_trying_every_allocation(
+    table: list[list[float]], requests: list[tuple[int, int]]
+) -> None:
+    """Requests are a state each and how many tokens their drafts have; some are in one state."""
     policy = create("marginal", 3, {"crowd": 0})
     assert isinstance(policy, Marginal)
-    policy._history = History(3)
-    rows = [row + [0.0] * (3 - len(row)) for row in chances]
-    policy._history.survival = lambda _states: np.array(rows)  # type: ignore[assignment,method-assign]
-    named = {f"r{i}": row for i, row in enumerate(chances)}
-    for request_id in named:
+    history = policy._history = History(3)
+    history._table = lambda: np.array(table + [[0.0] * 3] * (STATES - 3))  # type: ignore[method-assign]
+    history._renew()
+    named = {f"r{i}": request for i, request in enumerate(requests)}
+    for request_id, (state, _) in named.items():
         policy.add(request_id, 8)
-    decisions = policy.decide([Proposal(r, [0] * len(named[r])) for r in named])
+        policy._requests[request_id].state = state
+    proposals = [Proposal(r, [0] * length) for r, (_, length) in named.items()]
+    decisions = policy.decide(proposals)
     n, price = len(named), policy._batch_rate.value
 
     def surplus(ks: tuple[int, ...]) -> float:
-        worth = sum(sum(row[:k]) for row, k in zip(chances, ks, strict=True)) / price
-        return worth - n * (policy._costs.cost(n, sum(ks)) - 1.0)
+        worth = sum(sum(table[state][:k]) for (state, _), k in zip(requests, ks, strict=True))
+        return worth / price - n * (policy._costs.cost(n, sum(ks)) - 1.0)
 
-    best = max(surplus(ks) for ks in product(*(range(len(row) + 1) for row in chances)))
-    assert all(d.k <= len(named[d.request_id]) for d in decisions)
+    best = max(surplus(ks) for ks in product(*(range(length + 1) for _, length in requests)))
+    assert all(d.k <= named[d.request_id][1] for d in decisions)
     assert surplus(tuple(d.k for d in decisions)) == pytest.approx(best)
 
 

@@ -34,10 +34,10 @@ import numpy as np
 
 from moecascade.acceptance import Acceptance, Record
 from moecascade.context import Text
-from moecascade.costmodel import Array, CostModel
+from moecascade.costmodel import CostModel
 from moecascade.drafting import Drafting
 from moecascade.errors import ConfigError
-from moecascade.history import FIRST, History
+from moecascade.history import FIRST, STATES, History
 from moecascade.steps import Decision, Proposal, Step
 from moecascade.utility import cost_share
 
@@ -109,10 +109,10 @@ class _Request:
     max_k: int
     record: Record
     rate: _Rate
-    decision: Decision  # the last one
+    decisions: list[Decision]  # by K: making one takes as long as all else in a crowd
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
     tokens: int = 0  # that it was given in decode steps: baseline steps it would have taken
-    survival: Sequence[float] | Array = ()
+    survival: Sequence[float] = ()  # of its latest draft, as judged by text
     k: int = 0
     state: int = FIRST  # of its history
     draft: Sequence[int] = ()  # the latest, while history judges
@@ -150,7 +150,7 @@ class Marginal:
             min(max_k, self._max_k),
             Record(Text(prompt)),
             _Rate(general * memory, memory),
-            Decision(request_id, 0, self.name),
+            [Decision(request_id, k, self.name) for k in range(self._max_k + 1)],
         )
 
     def drop(self, request_id: str) -> None:
@@ -168,16 +168,16 @@ class Marginal:
         ks = (self._in_crowd if crowded else self._by_text)(proposals, requests)
         self._batch = (len(proposals) + self._others, sum(ks))
         self._ahead_for -= 1
+        decisions = []
         for r, k in zip(requests, ks, strict=True):
             r.k = k
-            if r.decision.k != k:  # making one takes as long as all else here
-                r.decision = Decision(r.decision.request_id, k, self.name)
-        return [r.decision for r in requests]
+            decisions.append(r.decisions[k])
+        return decisions
 
     def _by_text(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
-        costs = self._costs.costs(n, len(requests) * self._max_k).tolist()
+        costs = self._costs.listed(n, len(requests) * self._max_k)
         slots: list[tuple[float, _Request]] = []
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
@@ -201,33 +201,42 @@ class Marginal:
     def _in_crowd(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, judged by history, all of them paid at the batch's lambda.
 
-        The same rule as above, with all slots in one array.
+        The same rule as above. Requests in one state are worth the same, so what is sorted are the
+        slots of states, which are few, each as often as there are drafts that have it.
         """
-        n = len(proposals) + self._others
-        lengths = []
+        n, width = len(proposals) + self._others, self._max_k
+        lengths, states = [], []
         for p, r in zip(proposals, requests, strict=True):
-            r.draft = p.tokens
-            lengths.append(min(len(p.tokens), r.max_k))
+            draft = r.draft = p.tokens
+            length = len(draft)
+            lengths.append(min(r.max_k, length))
+            states.append(r.state)
         if self._history is None:
-            self._history = History(self._max_k)
-        survival = self._history.survival([r.state for r in requests])
-        worth = survival / self._batch_rate.value
-        worth[np.arange(self._max_k) >= np.array(lengths)[:, None]] = 0.0
-        order = np.argsort(-worth, axis=None, kind="stable")  # stable: prefixes where worths tie
-        costs = self._costs.costs(n, worth.size)[1 : worth.size + 1]
-        surplus = np.cumsum(worth.ravel()[order]) - n * (costs - 1.0)
-        best = int(surplus.argmax()) + 1 if surplus.max() > 0.0 else 0
-        admitted = np.bincount(order[:best] // self._max_k, minlength=len(requests))
-        # Slots beyond a draft's end are worth nothing; where drafts are free some are admitted.
-        ks: list[int] = np.minimum(admitted, lengths).tolist()
-        for r, row in zip(requests, survival, strict=True):
-            r.survival = row
-        return ks
+            self._history = History(width)
+        longest, state = np.array(lengths), np.array(states)
+        ending = np.bincount(state * (width + 1) + longest, minlength=STATES * (width + 1))
+        having = ending.reshape(STATES, -1)[:, :0:-1].cumsum(axis=1)[:, ::-1]
+        slots, chances = self._history.ranked()
+        counts = having.ravel()[slots]
+        worth = np.repeat(chances / self._batch_rate.value, counts)
+        costs = self._costs.costs(n, len(requests) * width)[1 : worth.size + 1]
+        surplus = np.cumsum(worth) - n * (costs - 1.0)
+        best = int(surplus.argmax()) + 1 if worth.size and surplus.max() > 0.0 else 0
+        through = counts.cumsum()
+        whole = int(np.searchsorted(through, best, side="right"))  # slots for all that have them
+        admitted = np.bincount(slots[:whole] // width, minlength=STATES)[state]
+        ks = np.minimum(admitted, longest)
+        if whole < slots.size:  # the next one is for some
+            some = best - (int(through[whole - 1]) if whole else 0)
+            of, place = divmod(int(slots[whole]), width)
+            ks[np.flatnonzero((state == of) & (longest > place))[:some]] += 1
+        chosen: list[int] = ks.tolist()
+        return chosen
 
     def observe(self, step: Step) -> None:
         """Learn cost from decode steps, acceptance from every step's tokens."""
         n = len(step.requests)
-        drafted = sum(part.drafted for part in step.requests)
+        drafted = sum([part.drafted for part in step.requests])
         cost = None
         if step.decode and step.seconds is not None:
             self._costs.observe(n + drafted, step.seconds, step.passes)
@@ -258,19 +267,21 @@ class Marginal:
 
     def _learn_history(self, step: Step, cost: float | None, _drafted: int) -> int:
         """Learn as `_in_crowd` decides; return how many of the step's requests are ours."""
-        history = self._history
+        history, known = self._history, self._requests
         assert history is not None  # `_in_crowd` has been here before
+        learn = history.learn
         mine, emitted = 0, 0
         for part in step.requests:
-            r = self._requests.get(part.request_id)
+            r = known.get(part.request_id)
             if r is None:
                 continue
             mine += 1
             emitted += part.emitted
-            if r.draft and part.tokens:
-                r.state = history.learn(r.state, r.draft, part.tokens)
+            tokens = part.tokens
+            if r.draft and tokens:
+                r.state = learn(r.state, r.draft, tokens)
                 r.draft = ()
-            r.record.text.extend(part.tokens)
+            r.record.text.extend(tokens)
         history.step()
         if cost is not None and mine:
             self._batch_rate.add(emitted / mine, cost, self._keep)
@@ -304,8 +315,8 @@ class Marginal:
         n, _ = self._batch
         worths = []
         for r in self._requests.values():
-            if len(r.survival):
-                longer = self._acceptance.prolonged(r.survival, self._max_k)
+            if survival := self._survival(r):
+                longer = self._acceptance.prolonged(survival, self._max_k)
                 rate = self._batch_rate.value if self._crowded else r.rate.value
                 slots = np.array(longer) / rate
                 slots[r.max_k :] = 0.0
@@ -315,10 +326,18 @@ class Marginal:
             drafting.consider(worth, n * (self._costs.costs(n, worth.size) - 1.0))
         return drafting.length(n * self._costs.pass_cost(n))
 
+    def _survival(self, r: _Request) -> Sequence[float]:
+        """Return the chances of the request's latest draft; none where it had no draft."""
+        if self._crowded and self._history is not None:
+            chances: list[float] = self._history.survival([r.state])[0].tolist()
+            return chances
+        return r.survival
+
     def explain(self, request_id: str) -> Mapping[str, Any]:
         """Return K, what is expected of the step, lambda, survival, and the cost of each K."""
         r = self._requests[request_id]
-        tokens = 1.0 + float(sum(r.survival[: r.k]))
+        survival = self._survival(r)
+        tokens = 1.0 + sum(survival[: r.k])
         n, drafts = self._batch
         passes = max(0, self._ahead - 1)
         cost = self._costs.cost(n, drafts) + passes * self._costs.pass_cost(n)
@@ -330,6 +349,6 @@ class Marginal:
             "expected_seconds": self._costs.seconds(n + drafts, passes),
             "lambda": self._batch_rate.value if self._crowded else r.rate.value,
             "lost": r.lost,
-            "survival": [float(chance) for chance in r.survival],
+            "survival": list(survival),
             "costs": self._costs.costs(n, self._max_k)[: self._max_k + 1].tolist(),
         }
