@@ -74,7 +74,11 @@ def _worst(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
 
 
 def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
-    """Return the lowest speed-up of a policy, or of all whose names begin with `policy`."""
+    """Return the lowest speed-up of a policy, or of all whose names begin with `policy`.
+
+    Of those with an interval, where there are any: the lowest of many that rest on a prompt or two
+    is a measure of noise.
+    """
     exact = policy in ADAPTIVE
     found = [
         (cell.speedup, cell, where)
@@ -86,7 +90,8 @@ def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
     ]
     if not found:
         return ""
-    lowest, cell, where = min(found, key=lambda one: one[0])
+    judged = [one for one in found if one[1].low is not None]
+    lowest, cell, where = min(judged or found, key=lambda one: one[0])
     how = f"{1 - lowest:.1%} slower" if lowest < 1 else f"{lowest - 1:.1%} faster"
     name = "" if exact else f"{cell.policy}, "
     within = "; too few prompts for an interval"

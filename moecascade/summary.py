@@ -12,7 +12,8 @@ is the time that the baseline took, over the time that the policy takes for as m
 interval is a percentile bootstrap over prompts: what is asked is what varies, and the pairs of one
 prompt, under several conditions or with several seeds, are no more than one draw (our local models
 even write the same text). In a mix, each task's prompts are drawn among themselves, as its shares
-are given.
+are given. Of n prompts n - 1 are drawn, since n draws of n vary too little (Rao and Wu 1988), and
+the interval is as much wider than for many prompts as Student's is.
 """
 
 from __future__ import annotations
@@ -195,7 +196,11 @@ def pair(policy: Iterable[Unit], baseline: Iterable[Unit]) -> Pairs:
 
 
 def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float] | None:
-    """Return the 95% interval of the pairs' ratio; None where a task has fewer than two prompts."""
+    """Return the 95% interval of the pairs' ratio.
+
+    None where a task has fewer than two prompts, or all of them together have but one to spare: a
+    spread seen once says nothing.
+    """
     asked = list(zip(pairs.tasks, pairs.prompts, strict=True))
     prompts = list(dict.fromkeys(asked))
     number = {prompt: i for i, prompt in enumerate(prompts)}
@@ -205,16 +210,36 @@ def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float] | None:
     tasks = np.array([task for task, _ in prompts])
     if not len(pairs) or min(np.unique(tasks, return_counts=True)[1]) < 2:
         return None
+    to_spare = len(prompts) - len(set(pairs.tasks))
+    if to_spare < 2:
+        return None
     random = np.random.default_rng(seed)
-    drawn = []
+    sums = np.zeros((2, RESAMPLES))
     for task in dict.fromkeys(pairs.tasks):
         here = np.flatnonzero(tasks == task)
-        drawn.append(here[random.integers(0, len(here), size=(RESAMPLES, len(here)))])
-    chosen = np.concatenate(drawn, axis=1)
-    ratios = before[chosen].sum(axis=1) / after[chosen].sum(axis=1)
+        n = len(here)
+        drawn = here[random.integers(0, n, size=(RESAMPLES, n - 1))]
+        sums += n / (n - 1) * np.array([before[drawn].sum(axis=1), after[drawn].sum(axis=1)])
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(ratios, [tail, 100 - tail])
+    ends = np.percentile(sums[0] / sums[1], [tail, 100 - tail])
+    found = before.sum() / after.sum()
+    low, high = found * (ends / found) ** _wider(to_spare)
     return float(low), float(high)
+
+
+def _wider(to_spare: int) -> float:
+    """Return Student's 97.5% quantile over the normal one, for degrees of freedom of 2 or more.
+
+    By the expansion of Abramowitz and Stegun (26.7.5), within 2% at 2 and 0.3% from 3 on.
+    """
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return 1.0 + sum(term / to_spare**i for i, term in enumerate(terms, 1)) / z
 
 
 def summarise(rows: Sequence[Row], baseline: str = BASELINE, seed: int = 0) -> list[Cell]:

@@ -408,7 +408,9 @@ def test_the_interval_of_a_constant_ratio_is_a_point():
     before = np.array([1.0, 5.0, 0.3])
     pairs = Pairs(before, before / 1.25, ("a", "a", "a"), ("1", "2", "3"))
     assert interval(pairs) == pytest.approx((1.25, 1.25))
-    assert interval(Pairs(before[:1], before[:1], ("a",), ("1",))) is None
+    for few in (1, 2):
+        asked = ("1", "2")[:few]
+        assert interval(Pairs(before[:few], before[:few], ("a",) * few, asked)) is None
 
 
 FORTY = tuple(str(i) for i in range(40))
@@ -425,13 +427,15 @@ def test_to_measure_the_same_prompts_again_makes_no_interval_narrower():
     assert {unit.asked for unit in units(rows)} == {"code-1"}
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize(("prompts", "tasks"), [(40, "a"), (4, "a"), (9, "abc"), (6, "abc")])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(prompts: int, tasks: str):
     random = np.random.default_rng(7)
     covered = 0
     for i in range(200):
-        before = random.uniform(1, 2, size=40)
-        after = before / 1.3 * random.lognormal(-0.02, 0.2, size=40)  # mean factor 1
-        ends = interval(Pairs(before, after, ("a",) * 40, FORTY), seed=i)
+        before = random.uniform(1, 2, size=prompts)
+        after = before / 1.3 * random.lognormal(-0.02, 0.2, size=prompts)  # mean factor 1
+        of = tuple(tasks[j % len(tasks)] for j in range(prompts))
+        ends = interval(Pairs(before, after, of, FORTY[:prompts]), seed=i)
         assert ends is not None
         covered += ends[0] <= 1.3 <= ends[1]
     assert 0.88 <= covered / 200 <= 0.99
