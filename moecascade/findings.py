@@ -160,11 +160,20 @@ def _apart(varied: Sequence[Cell]) -> list[Finding]:
 def _ablations(rows: Sequence[Row]) -> list[Finding]:
     """Return what cascade gains over itself with other settings."""
     specs = dict.fromkeys(row.policy for row in rows if row.policy.startswith("cascade["))
-    return [
-        Finding(f"cascade over {spec}", change(found))
-        for spec in specs
-        if (found := analysis.ratio(rows, "cascade", spec))
-    ]
+    made = []
+    for spec in specs:
+        if found := analysis.ratio(rows, "cascade", spec):
+            runs = {row.run for row in rows if row.policy == spec}
+            here = [row for row in rows if row.run in runs]
+            shares = f"K = 0 in {_idle(here, 'cascade')} of steps against {_idle(here, spec)}"
+            made.append(Finding(f"cascade over {spec}", f"{change(found)}; {shares}"))
+    return made
+
+
+def _idle(rows: Sequence[Row], policy: str) -> str:
+    """Return the share of a policy's steps that it ran at K = 0."""
+    mine = [row for row in rows if row.policy == policy]
+    return f"{sum(row.steps_at_0 for row in mine) / max(1, sum(row.steps for row in mine)):.0%}"
 
 
 def _utility(points: Sequence[analysis.UtilityPoint]) -> list[Finding]:

@@ -239,7 +239,8 @@ def _wider(to_spare: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return 1.0 + sum(term / to_spare**i for i, term in enumerate(terms, 1)) / z
+    more: float = sum(term / to_spare**i for i, term in enumerate(terms, 1))
+    return 1.0 + more / z
 
 
 def summarise(rows: Sequence[Row], baseline: str = BASELINE, seed: int = 0) -> list[Cell]:

@@ -9,12 +9,15 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moecascade import analysis, report, results
 from moecascade.analysis import r_squared, ratio, step_times, utility_points
+from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
 from moecascade.findings import findings
 from moecascade.rows import AtK, Row
@@ -220,7 +223,12 @@ def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results
     assert titles[0] == "All tasks together"
     assert titles[-1] == "Other settings: local, temperature 0.8"
     assert "settings-local-t08" in {picture.name for picture in whole.pictures}
-    assert any(f.what == "cascade over cascade[backoff=1]" for f in whole.findings)
+    (line,) = [f.ours for f in whole.findings if f.what == "cascade over cascade[backoff=1]"]
+    assert "K = 0 in" in line
+    console = Console(file=StringIO(), width=120)
+    console.print(table(whole.varied, "", ""))
+    assert isinstance(console.file, StringIO)
+    assert "cascade[backoff=1]" in console.file.getvalue()
     only = report.build([replace(found, rows=other)])
     assert [table.title for table in report.tables(only)] == titles[-2:]
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moecascade import bench, luck, machine, plots, policies, results
@@ -149,7 +150,7 @@ def table(cells: Sequence[Cell], title: str, caption: str) -> Table:
         name = "all three" if cell.workload == ALL else cell.workload
         shown.add_row(
             "" if cell.workload == last else name,
-            cell.policy,
+            escape(cell.policy),
             _number(cell.tokens_per_second, 1),
             _speedup(cell),
             _number(cell.worst, 2),

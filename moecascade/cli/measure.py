@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -155,7 +156,7 @@ def _measure(
         nonlocal sent
         sent += 1
         what = f"{block.requests[0].prompt.id} under {block.policy}"
-        shown.update(bar, description=f"{model}: {what[:36]:<36}", completed=sent)
+        shown.update(bar, description=escape(f"{model}: {what[:36]:<36}"), completed=sent)
 
     bench.measure(
         urls,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -98,7 +99,7 @@ def _play(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         for spec in specs:
-            progress.update(task, description=spec)
+            progress.update(task, description=escape(spec))
             outcomes = replaying.play(
                 requests, spec, conditions, tell=lambda tokens: progress.advance(task, tokens)
             )
@@ -125,5 +126,7 @@ def _table(found: dict[str, dict[str, object]], requests: int, batch: int) -> Ta
             row["etr"],
             row["mean_k"],
         ]
-        table.add_row(spec, *(f"{value:.2f}" for value in values), f"{row['off_share']:.0%}")
+        table.add_row(
+            escape(spec), *(f"{value:.2f}" for value in values), f"{row['off_share']:.0%}"
+        )
     return table
