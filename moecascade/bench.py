@@ -14,9 +14,10 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import httpx
 
 WARM_UP_TOKENS = 24
+WARM_UP_AT_ONCE = 8  # requests in flight of those that policies are to learn from
 BLOCK = 2  # prompts of a block for each request in flight, where there is more than one
 ORDER = 2  # of sending; changed with it, so that no run goes on in another
 DRAWN = 2  # prompts of each task whose steps are kept, to be drawn
@@ -173,11 +175,17 @@ def plan(model: str, given: Sequence[Prompt], settings: Settings) -> list[list[B
     return [blocks for turn in zip_longest(*by_condition) for blocks in turn if blocks]
 
 
-async def warm_up(servers: Mapping[str, httpx.AsyncClient], model: str, settings: Settings) -> None:
-    """Send a short request under each policy, unmeasured.
+async def warm_up(
+    servers: Mapping[str, httpx.AsyncClient],
+    model: str,
+    settings: Settings,
+    prompts: Sequence[Prompt] = (),
+    tell: Callable[[str], None] = lambda _what: None,
+) -> None:
+    """Send a short request under each policy, and prompts under those that may learn, unmeasured.
 
     What happens once (code that is compiled, memory that is touched for the first time) is then
-    over.
+    over, and policies know what those of a server that has served for a while know.
     """
     for spec in settings.measured:
         most = max(settings.concurrencies)
@@ -194,6 +202,24 @@ async def warm_up(servers: Mapping[str, httpx.AsyncClient], model: str, settings
                 for i in range(most)
             )
         )
+    gate = asyncio.Semaphore(WARM_UP_AT_ONCE)
+
+    async def one(spec: str, i: int, prompt: Prompt) -> None:
+        async with gate:
+            await chat(
+                _client(servers, spec),
+                model,
+                prompt.prompt,
+                request_id=f"warm-up-{spec}-prompt-{i}",
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperatures[i % len(settings.temperatures)],
+                xargs=_xargs(spec, prompt.task),
+            )
+
+    for spec in settings.measured:
+        if spec not in (BASELINE, PLAIN) and not spec.startswith("static:"):
+            tell(spec)
+            await asyncio.gather(*(one(spec, i, prompt) for i, prompt in enumerate(prompts)))
 
 
 async def send(
@@ -383,6 +409,8 @@ def measure(
     deadline: float | None = None,
     keep_text: bool = False,
     tell: Callable[[Block], None] = lambda _block: None,
+    warm: Sequence[Prompt] = (),
+    tell_warm: Callable[[str], None] = lambda _spec: None,
 ) -> None:
     """Send all rounds that are not in the journal yet, and write their rows to it.
 
@@ -397,13 +425,18 @@ def measure(
             long as the longest so far.
         keep_text: Whether rows hold the answers.
         tell: Called before each block.
+        warm: Prompts that policies learn from before anything is measured: see `warm_up`.
+        tell_warm: Called with each policy that begins to.
 
     Raises:
         SetupError: The server refuses a request or fails.
     """
     logs = logs or Logs()
+    warming = partial(warm_up, model=model, settings=settings, prompts=warm, tell=tell_warm)
     asyncio.run(
-        _measure(servers, model, rounds, settings, journal, logs, deadline, keep_text, tell)
+        _measure(
+            servers, model, rounds, settings, journal, logs, deadline, keep_text, tell, warming
+        )
     )
 
 
@@ -417,13 +450,14 @@ async def _measure(
     deadline: float | None,
     keep_text: bool,
     tell: Callable[[Block], None],
+    warming: Callable[[Mapping[str, httpx.AsyncClient]], Awaitable[None]],
 ) -> None:
     done = journal.done
     async with AsyncExitStack() as stack:
         clients = {
             name: await stack.enter_async_context(client(url)) for name, url in servers.items()
         }
-        await warm_up(clients, model, settings)
+        await warming(clients)
         longest = 0.0
         for blocks in rounds:
             began = time.monotonic()

@@ -104,6 +104,27 @@ def mix(prompts: Iterable[Prompt], per_task: int | None = None) -> list[Prompt]:
     return [p for turn in zip_longest(*by_task.values()) for p in turn if p is not None]
 
 
+def apart(prompts: Sequence[Prompt], per_task: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the last prompts of each task, and what is left without them and their repetitions.
+
+    Raises:
+        ConfigError: A task would have none left.
+    """
+    first = [prompt for prompt in prompts if REPEATED not in prompt.id]
+    taken: list[Prompt] = []
+    for task in dict.fromkeys(prompt.task for prompt in prompts):
+        of_task = [prompt for prompt in first if prompt.task == task]
+        if len(of_task) <= per_task:
+            raise ConfigError(
+                f"{per_task} prompts to warm up with leave none of the {len(of_task)} of task "
+                f"{task!r}; give at most {len(of_task) - 1}"
+            )
+        taken += of_task[len(of_task) - per_task :]
+    names = {prompt.id for prompt in taken}
+    left = [prompt for prompt in prompts if prompt.id.partition(REPEATED)[0] not in names]
+    return mix(taken), left
+
+
 def _repeated(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     repeated = []
     for i in range(number):

@@ -15,7 +15,7 @@ from moecascade.client import Reply
 from moecascade.errors import ConfigError
 from moecascade.rows import AtK, Row, from_json, tally
 from moecascade.summary import Pairs, best_static, cell_of, interval, summarise, units
-from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, mix, own, read, workloads
+from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, apart, mix, own, read, workloads
 
 ROW = Row(
     request="mc-00000000-00000",
@@ -136,6 +136,17 @@ def test_bad_prompt_files_are_refused_with_the_place(tmp_path: Path, text: str, 
 def test_a_missing_prompt_file_is_named():
     with pytest.raises(ConfigError, match="'/nowhere'"):
         read(["/nowhere"])
+
+
+def test_prompts_to_warm_up_with_are_not_measured_nor_are_their_repetitions():
+    asked = mix(OURS[:20], 20)  # 16 of one task, 4 of another, repeated
+    warm, left = apart(asked, 3)
+    assert [p.task for p in warm] == [OURS[0].task, OURS[16].task] * 3
+    assert {p.id.partition(REPEATED)[0] for p in left} == {p.id for p in OURS[:13]} | {OURS[16].id}
+    assert not {p.id for p in warm} & {p.id.partition(REPEATED)[0] for p in left}
+    assert apart(asked, 0) == ([], asked)
+    with pytest.raises(ConfigError, match="at most 3"):
+        apart(asked, 4)
 
 
 @pytest.mark.parametrize("number", [0, -1])

@@ -85,6 +85,7 @@ def folder(tmp_path: Path) -> str:
         ("bench --policies off,cascade[backoff", ["cascade[name=number,...]"]),
         ("bench --temperatures cold", ["'cold'", "numbers"]),
         ("bench --concurrency 0", ["concurrency 0"]),
+        ("bench --warm-up 16", ["16 prompts", "at most 15"]),
         ("bench --prompts gone.jsonl", ["'gone.jsonl'", "hf:NAME"]),
         ("bench --models local,local", ["'local,local'", "only once"]),
         ("bench --url http://localhost:1 --policies vllm,off", ["--url", "'vllm'"]),

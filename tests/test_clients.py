@@ -95,7 +95,18 @@ def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: 
     reader = steplog.Reader(log)
     list(reader())  # what other tests left
     url, name = running.launch.url, running.launch.model
-    bench.measure({"off": url}, name, rounds, settings, journal, logs=bench.Logs(reader))
+    warmed: list[str] = []
+    bench.measure(
+        {"off": url},
+        name,
+        rounds,
+        settings,
+        journal,
+        logs=bench.Logs(reader),
+        warm=own("math")[-3:],
+        tell_warm=warmed.append,
+    )
+    assert warmed == ["marginal"]  # nothing is learnt without drafts, and nothing of it is measured
     assert len(journal.rows) == 8
     assert len({row.block for row in journal.rows}) == 2
     cells = summarise(journal.rows)

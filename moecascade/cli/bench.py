@@ -66,6 +66,15 @@ def bench(
             "by then is complete: every prompt under every policy.",
         ),
     ] = None,
+    warm_up: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Prompts of each task, the last ones, that every policy that learns serves before "
+            "anything is measured: users meet servers that have served for a while.",
+        ),
+    ] = 0,
     url: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +111,7 @@ def bench(
         seed=seed,
     )
     asked = workloads.mix(workloads.read(prompts or []), prompts_per_task)
+    warm, asked = workloads.apart(asked, warm_up)
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models {models!r}: name at least one, and each only once")
@@ -123,6 +133,7 @@ def bench(
         "concurrencies": list(settings.concurrencies),
         "max_tokens": settings.max_tokens,
         "seed": settings.seed,
+        **({"warm_up": warm_up} if warm_up else {}),
         "url": url,
         "flags": list(context.args),
     }
@@ -138,7 +149,9 @@ def bench(
                 # Each begins elsewhere, for a run that ends early to have asked as much as it can.
                 turn = measuring.turned(asked, i, len(names))
                 if url is not None:
-                    facts = measure.on_running(url, name, turn, settings, journal, shown, minutes)
+                    facts = measure.on_running(
+                        url, name, turn, settings, journal, shown, minutes, warm
+                    )
                 else:
                     deadline = None
                     if minutes is not None:
@@ -153,6 +166,7 @@ def bench(
                         shown,
                         flags=context.args,
                         deadline=deadline,
+                        warm=warm,
                     )
                 about.append(facts[0])
                 served.append(facts[1])

@@ -69,6 +69,7 @@ def serve_and_measure(
     flags: Sequence[str] = (),
     deadline: float | None = None,
     keep_text: bool = False,
+    warm: Sequence[Prompt] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Start the servers that a model needs, measure on them, and end them.
 
@@ -108,7 +109,17 @@ def serve_and_measure(
         played = luck.conditions(launch.drafter_of(launch.Flags(flags))) if sampled else None
         logs = bench.Logs(steplog.Reader(log), Tail(texts), played)
         _measure(
-            urls, served.model, rounds, settings, journal, logs, deadline, keep_text, shown, bar
+            urls,
+            served.model,
+            rounds,
+            settings,
+            journal,
+            logs,
+            deadline,
+            keep_text,
+            shown,
+            bar,
+            warm,
         )
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
@@ -124,13 +135,24 @@ def on_running(
     journal: bench.Journal,
     shown: Progress,
     minutes: float | None,
+    warm: Sequence[Prompt] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure on a server that runs elsewhere; returns as `serve_and_measure` does."""
     rounds = bench.plan(model, prompts, settings)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     _measure(
-        {BASELINE: url}, model, rounds, settings, journal, bench.Logs(), deadline, False, shown, bar
+        {BASELINE: url},
+        model,
+        rounds,
+        settings,
+        journal,
+        bench.Logs(),
+        deadline,
+        False,
+        shown,
+        bar,
+        warm,
     )
     return {"name": model}, {"url": url}
 
@@ -146,6 +168,7 @@ def _measure(
     keep_text: bool,
     shown: Progress,
     bar: TaskID,
+    warm: Sequence[Prompt],
 ) -> None:
     """Measure, and show how far it is."""
     total = sum(len(blocks) for blocks in rounds)
@@ -168,6 +191,8 @@ def _measure(
         deadline=deadline,
         keep_text=keep_text,
         tell=tell,
+        warm=warm,
+        tell_warm=lambda spec: shown.update(bar, description=escape(f"{model}: warming up {spec}")),
     )
     shown.update(bar, completed=sent + 1)
 
