@@ -168,7 +168,7 @@ def _decisions(group: _Group, proposals: Sequence[Proposal], max_k: int) -> dict
     """Return the policy's decisions on `proposals`; ValueError where they are not usable."""
     decisions = group.policy.decide(proposals)
     by_id = {d.request_id: d for d in decisions}
-    if list(by_id) != [p.request_id for p in proposals]:
+    if len(decisions) != len(by_id) or list(by_id) != [p.request_id for p in proposals]:
         raise ValueError(f"policy {group.spec!r} decided for other requests than it was asked for")
     ks = [d.k for d in decisions]
     if min(ks) < 0 or max(ks) > max_k:

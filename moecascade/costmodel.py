@@ -72,7 +72,7 @@ class CostModel:
         self._costs: dict[int, Array] = {}
         self._listed: dict[int, list[float]] = {}
         self._curve: Array | None = None
-        self._nearness: Array | None = None  # of each point of the curve to what was measured
+        self._kernel: Array | None = None  # of each point of the curve to what was measured
         self._reach(2 * EXACT)
 
     def observe(self, positions: int, seconds: float, passes: int = 0) -> None:
@@ -93,7 +93,7 @@ class CostModel:
         self._doubted = 0
         near = _class_of(positions)
         if near not in self._ratio:
-            self._nearness = None
+            self._kernel = None
         ratio = self._without_passes(positions, seconds / self._level, passes) / prior
         weight = self._weight.get(near, 0.0)
         self._weight[near] = weight = min(weight + 1.0, self.memory)
@@ -167,15 +167,15 @@ class CostModel:
         self._positions = np.arange(1.0, most + 1.0)
         self._points = np.array([_middle(c) for c in range(1, _class_of(most) + 2)])
         self._prior_points = self._prior(self._points)
-        self._nearness = self._curve = None
+        self._kernel = self._curve = None
 
     def _drawn(self) -> Array:
         """Return T(1), T(2), ...: exact where classes are single, else interpolated."""
-        if self._nearness is None:
+        if self._kernel is None:
             known = np.log2([_middle(c) for c in self._ratio])
             octaves = np.abs(np.log2(self._points)[:, None] - known)
-            self._nearness = np.exp(-octaves / self.nearness)
-        near = self._nearness * np.fromiter(self._weight.values(), float, len(self._weight))
+            self._kernel = np.exp(-octaves / self.nearness)
+        near = self._kernel * np.fromiter(self._weight.values(), float, len(self._weight))
         ratios = np.fromiter(self._ratio.values(), float, len(self._ratio))
         correction = (self.belief + near @ ratios) / (self.belief + near.sum(axis=1))
         drawn: Array = np.interp(self._positions, self._points, self._prior_points * correction)

@@ -76,8 +76,7 @@ def _worst(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
 def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
     """Return the lowest speed-up of a policy, or of all whose names begin with `policy`.
 
-    Of those with an interval, where there are any: the lowest of many that rest on a prompt or two
-    is a measure of noise.
+    Where that one rests on too few prompts for an interval, the lowest of those with one as well.
     """
     exact = policy in ADAPTIVE
     found = [
@@ -90,14 +89,20 @@ def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
     ]
     if not found:
         return ""
+    lowest = min(found, key=lambda one: one[0])
+    shown = [lowest]
     judged = [one for one in found if one[1].low is not None]
-    lowest, cell, where = min(judged or found, key=lambda one: one[0])
-    how = f"{1 - lowest:.1%} slower" if lowest < 1 else f"{lowest - 1:.1%} faster"
-    name = "" if exact else f"{cell.policy}, "
-    within = "; too few prompts for an interval"
-    if cell.low is not None and cell.high is not None:
-        within = f"; {cell.low - 1:+z.1%} to {cell.high - 1:+z.1%}"
-    return f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})"
+    if lowest not in judged and judged:
+        shown.append(min(judged, key=lambda one: one[0]))
+    said = []
+    for speedup, cell, where in shown:
+        how = f"{1 - speedup:.1%} slower" if speedup < 1 else f"{speedup - 1:.1%} faster"
+        name = "" if exact else f"{cell.policy}, "
+        within = "; too few prompts for an interval"
+        if cell.low is not None and cell.high is not None:
+            within = f"; {cell.low - 1:+z.1%} to {cell.high - 1:+z.1%}"
+        said.append(f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})")
+    return "; with an interval: ".join(said)
 
 
 def _crowds(cells: Sequence[Cell]) -> list[Finding]:

@@ -127,6 +127,20 @@ def test_a_decision_out_of_range_is_a_fault(faulty: type[Faulty], k: int) -> Non
     assert faults == ["faulty"]
 
 
+@pytest.mark.parametrize("answered", ["", "a", "aab", "ba", "abc"])
+def test_decisions_for_other_requests_than_asked_are_a_fault(
+    faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch, answered: str
+) -> None:
+    monkeypatch.setattr(
+        faulty, "decide", lambda _self, _proposals: [Decision(r, 2, "faulty") for r in answered]
+    )
+    c, faults = controller("faulty")
+    for request_id in "ab":
+        c.add(request_id, RequestOptions())
+    assert ks(decide(c, ["a", "b"])) == {"a": 0, "b": 0}
+    assert faults == ["faulty"]
+
+
 def test_after_a_fault_new_requests_get_a_fresh_policy(faulty: type[Faulty]) -> None:
     c, _ = controller("faulty")
     faulty.fail_in = "observe"

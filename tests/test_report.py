@@ -249,6 +249,21 @@ def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results
     assert "moecascade bench --models local,dense --policies off,vllm," in text
 
 
+def test_the_worst_workload_is_the_worst_however_few_its_prompts(rows: list[Row]) -> None:
+    """One with an interval is named beside it, not in its place."""
+    few = [row for row in rows if row.policy in ("off", "cascade") and row.concurrency == 1]
+    first = next(row for row in few if row.policy == "off" and row.task == "math")
+    alone = [
+        replace(first, task="tools", policy="off"),
+        replace(first, task="tools", policy="cascade", decode_seconds=2 * first.decode_seconds),
+    ]
+    made = findings([*few, *alone], [*few, *alone], summarise([*few, *alone]), [], [])
+    (line,) = [f.ours for f in made if f.what.startswith("cascade: worst workload")]
+    assert line.startswith("50.0% slower (tools")
+    assert "too few prompts for an interval" in line
+    assert "; with an interval: " in line
+
+
 def test_a_finding_says_when_it_is_within_the_noise(rows: list[Row]) -> None:
     same = [row for row in rows if row.policy in ("off", "cascade") and row.concurrency == 1]
     rng = random.Random(1)
