@@ -85,6 +85,11 @@ class Settings:
         return self.policies if BASELINE in self.policies else (BASELINE, *self.policies)
 
     @property
+    def conditions(self) -> int:
+        """How many conditions each model is measured under."""
+        return len(self.temperatures) * len(self.concurrencies)
+
+    @property
     def max_k(self) -> int:
         """The longest draft that the policies need, at least the default drafter's."""
         longest = [

@@ -194,6 +194,16 @@ def test_a_policy_is_not_asked_at_one_temperature_what_it_has_just_answered_at_a
         assert order == [*TASKS] * 16
 
 
+def test_models_are_asked_different_prompts_as_long_as_there_are_some():
+    settings = replace(FIVE, temperatures=(0.0, 0.8))
+    asked: list[str] = []
+    for i in range(2):
+        given = bench.turned(mix(OURS), i, 2 * settings.conditions)
+        rounds = bench.plan("local", given, settings)
+        asked += [blocks[0].requests[0].prompt.id for blocks in rounds[: len(rounds) // 4]]
+    assert len(set(asked)) == len(asked) == 48
+
+
 def planned(per_task: int, settings: Settings) -> list[bench.Block]:
     rounds = bench.plan("local", mix(OURS, per_task), settings)
     return [block for blocks in rounds for block in blocks]

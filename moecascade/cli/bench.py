@@ -146,8 +146,9 @@ def bench(
     try:
         with measure.progress(screen) as shown:
             for i, name in enumerate(names):
-                # Each begins elsewhere, for a run that ends early to have asked as much as it can.
-                turn = measuring.turned(asked, i, len(names))
+                # Each begins elsewhere, between the places where the other one's conditions do, for
+                # a run that ends early to have asked as many prompts as it can.
+                turn = measuring.turned(asked, i, len(names) * settings.conditions)
                 if url is not None:
                     facts = measure.on_running(
                         url, name, turn, settings, journal, shown, minutes, warm
