@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from moecascade import bench, plots, results
-from moecascade.bench import Settings
 from moecascade.client import Reply
 from moecascade.errors import ConfigError
+from moecascade.journal import Journal
+from moecascade.plan import Block, Plan, Settings
 from moecascade.rows import AtK, Row, from_json, tally
 from moecascade.summary import Pairs, best_static, cell_of, interval, summarise, units
 from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, apart, mix, own, read, workloads
@@ -184,7 +185,7 @@ FIVE = Settings(policies=("off", "static:1", "static:3", "static:8", "cascade"))
 
 
 def test_a_policy_is_not_asked_at_one_temperature_what_it_has_just_answered_at_another():
-    rounds = bench.plan("local", mix(OURS), replace(FIVE, temperatures=(0.0, 0.8)))
+    rounds = Plan(mix(OURS), replace(FIVE, temperatures=(0.0, 0.8))).rounds("local")
     first = [block for blocks in rounds[: len(rounds) // 2] for block in blocks]
     asked = {t: {b.requests[0].prompt.id for b in first if b.temperature == t} for t in (0, 0.8)}
     assert len(asked[0]) == len(asked[0.8]) == 24
@@ -198,14 +199,13 @@ def test_models_are_asked_different_prompts_as_long_as_there_are_some():
     settings = replace(FIVE, temperatures=(0.0, 0.8))
     asked: list[str] = []
     for i in range(2):
-        given = bench.turned(mix(OURS), i, 2 * settings.conditions)
-        rounds = bench.plan("local", given, settings)
+        rounds = Plan(mix(OURS), settings).turned(i, 2).rounds("local")
         asked += [blocks[0].requests[0].prompt.id for blocks in rounds[: len(rounds) // 4]]
     assert len(set(asked)) == len(asked) == 48
 
 
-def planned(per_task: int, settings: Settings) -> list[bench.Block]:
-    rounds = bench.plan("local", mix(OURS, per_task), settings)
+def planned(per_task: int, settings: Settings) -> list[Block]:
+    rounds = Plan(mix(OURS, per_task), settings).rounds("local")
     return [block for blocks in rounds for block in blocks]
 
 
@@ -234,7 +234,7 @@ def test_within_a_task_every_policy_takes_every_place_equally_often():
 
 def test_conditions_take_turns_so_that_a_run_that_ends_early_has_some_of_each():
     settings = replace(FIVE, temperatures=(0.0, 0.8), concurrencies=(1, 4))
-    rounds = bench.plan("local", mix(OURS, 8), settings)
+    rounds = Plan(mix(OURS, 8), settings).rounds("local")
     begun = {(blocks[0].temperature, blocks[0].concurrency) for blocks in rounds[:4]}
     assert len(begun) == 4
     for blocks in rounds:
@@ -245,7 +245,7 @@ def test_conditions_take_turns_so_that_a_run_that_ends_early_has_some_of_each():
 
 def test_too_few_prompts_for_the_requests_in_flight_are_refused():
     with pytest.raises(ConfigError, match="at least 16"):
-        bench.plan("local", mix(OURS, 2), replace(FIVE, concurrencies=(8,)))
+        Plan(mix(OURS, 2), replace(FIVE, concurrencies=(8,))).rounds("local")
 
 
 def test_the_same_plan_has_the_same_names_and_another_has_others():
@@ -256,22 +256,22 @@ def test_the_same_plan_has_the_same_names_and_another_has_others():
 
 def test_a_journal_goes_on_where_it_was_interrupted(tmp_path: Path):
     path = tmp_path / "new" / "rows.jsonl"
-    journal = bench.Journal(path, {"seed": 1})
+    journal = Journal(path, {"seed": 1})
     journal.add([ROW, replace(ROW, request="mc-00000000-00001")])
     journal.close()
     with path.open("a") as file:
         file.write('{"request": "cut sho')
-    again = bench.Journal(path, {"seed": 1})
+    again = Journal(path, {"seed": 1})
     assert again.done == {"mc-00000000-00000", "mc-00000000-00001"}
     again.add([replace(ROW, request="mc-00000000-00002")])
     again.close()
-    assert len(bench.Journal(path, {"seed": 1}).rows) == 3
+    assert len(Journal(path, {"seed": 1}).rows) == 3
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path: Path):
-    bench.Journal(tmp_path / "rows.jsonl", {"seed": 1}).close()
+    Journal(tmp_path / "rows.jsonl", {"seed": 1}).close()
     with pytest.raises(ConfigError, match="--fresh"):
-        bench.Journal(tmp_path / "rows.jsonl", {"seed": 2})
+        Journal(tmp_path / "rows.jsonl", {"seed": 2})
 
 
 def test_rows_come_back_from_json_as_they_were():

@@ -20,6 +20,8 @@ from moecascade import bench, launch, localmodel, luck, server, steplog
 from moecascade.client import chat
 from moecascade.errors import SetupError
 from moecascade.files import Tail
+from moecascade.journal import Journal
+from moecascade.plan import Plan, Settings
 from moecascade.replay import MIXTRAL_LIKE
 from moecascade.server import Server
 from moecascade.summary import summarise
@@ -57,13 +59,13 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Pat
 
 def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tmp_path: Path):
     running, log = vllm
-    settings = bench.Settings(("off", "static:3", "cascade"), max_tokens=32)
-    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 1), settings)
-    journal = bench.Journal(tmp_path / "rows.jsonl", {})
+    settings = Settings(("off", "static:3", "cascade"), max_tokens=32)
+    plan = Plan(mix([p for task in TASKS for p in own(task)], 1), settings)
+    journal = Journal(tmp_path / "rows.jsonl", {})
     url, name = running.launch.url, running.launch.model
     played = luck.conditions(launch.DRAFTER)
     logs = bench.Logs(steplog.Reader(log), Tail(log.with_name("traces.jsonl")), played)
-    bench.measure({"off": url}, name, rounds, settings, journal, logs=logs)
+    bench.measure({"off": url}, name, plan, journal, logs=logs)
     rows = journal.rows
     assert len(rows) == 9
     for row in rows:
@@ -83,30 +85,30 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tm
         assert sum(at.steps for at in row.by_k) == row.steps == len(row.series)
     assert sum(row.drafted for row in rows) > 0
     # What has been measured is not measured again.
-    bench.measure({"off": url}, name, rounds, settings, journal)
+    bench.measure({"off": url}, name, plan, journal)
     assert len(journal.rows) == 9
 
 
 def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: Path):
     running, log = vllm
-    settings = bench.Settings(("off", "marginal"), concurrencies=(2,), max_tokens=16)
-    rounds = bench.plan("local", mix([p for task in TASKS for p in own(task)], 2)[:4], settings)
-    journal = bench.Journal(tmp_path / "rows.jsonl", {})
+    settings = Settings(("off", "marginal"), concurrencies=(2,), max_tokens=16)
+    asked = mix([p for task in TASKS for p in own(task)], 2)[:4]
+    plan = Plan(asked, settings, warm=own("math")[-3:])
+    journal = Journal(tmp_path / "rows.jsonl", {})
     reader = steplog.Reader(log)
     list(reader())  # what other tests left
     url, name = running.launch.url, running.launch.model
-    warmed: list[str] = []
+    told: list[str] = []
     bench.measure(
         {"off": url},
         name,
-        rounds,
-        settings,
+        plan,
         journal,
         logs=bench.Logs(reader),
-        warm=own("math")[-3:],
-        tell_warm=warmed.append,
+        tell=lambda what, _sent: told.append(what),
     )
-    assert warmed == ["marginal"]  # nothing is learnt without drafts, and nothing of it is measured
+    # Nothing is learnt without drafts, and nothing of it is measured.
+    assert [what for what in told if "warming" in what] == ["warming up marginal"]
     assert len(journal.rows) == 8
     assert len({row.block for row in journal.rows}) == 2
     cells = summarise(journal.rows)

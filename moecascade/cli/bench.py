@@ -9,16 +9,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moecascade import bench as measuring
 from moecascade import luck, policies, results, workloads
 from moecascade.cli import measure
 from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
+from moecascade.journal import Journal
+from moecascade.plan import Plan, Settings
 from moecascade.rows import PLAIN
 from moecascade.summary import condition_of, summarise
 from moecascade.vllm import compat
 
-DEFAULTS = measuring.Settings()
+DEFAULTS = Settings()
 RESULTS = "bench.json"
 JOURNAL = "rows.jsonl"
 FILE_WIDTH = 120  # columns of a table that goes into a file
@@ -103,7 +104,7 @@ def bench(
         moecascade bench --url http://localhost:8000 --models my-model --concurrency 8
         moecascade report results/bench
     """
-    settings = measuring.Settings(
+    settings = Settings(
         policies=tuple(policies.split(specs)),
         temperatures=_numbers("temperatures", temperatures, float),
         concurrencies=tuple(int(n) for n in _numbers("concurrency", concurrencies, int)),
@@ -112,6 +113,7 @@ def bench(
     )
     asked = workloads.mix(workloads.read(prompts or []), prompts_per_task)
     warm, asked = workloads.apart(asked, warm_up)
+    plan = Plan(asked, settings, warm)
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models {models!r}: name at least one, and each only once")
@@ -139,35 +141,23 @@ def bench(
     }
     if fresh:
         (out / JOURNAL).unlink(missing_ok=True)
-    journal = measuring.Journal(out / JOURNAL, arguments)
+    journal = Journal(out / JOURNAL, arguments)
     if journal.rows:
         screen.print(f"Going on after {len(journal.rows)} requests in {out / JOURNAL}.")
     about, served = [], []
     try:
         with measure.progress(screen) as shown:
             for i, name in enumerate(names):
-                # Each begins elsewhere, between the places where the other one's conditions do, for
-                # a run that ends early to have asked as many prompts as it can.
-                turn = measuring.turned(asked, i, len(names) * settings.conditions)
+                turn = plan.turned(i, len(names))
                 if url is not None:
-                    facts = measure.on_running(
-                        url, name, turn, settings, journal, shown, minutes, warm
-                    )
+                    facts = measure.on_running(url, name, turn, journal, shown, minutes)
                 else:
                     deadline = None
                     if minutes is not None:
                         share = minutes * 60 / len(names)
                         deadline = time.monotonic() + share
                     facts = measure.serve_and_measure(
-                        name,
-                        turn,
-                        settings,
-                        journal,
-                        out,
-                        shown,
-                        flags=context.args,
-                        deadline=deadline,
-                        warm=warm,
+                        name, turn, journal, out, shown, flags=context.args, deadline=deadline
                     )
                 about.append(facts[0])
                 served.append(facts[1])
@@ -194,7 +184,7 @@ def _keep(
     arguments: dict[str, Any],
     about: list[dict[str, Any]],
     served: list[dict[str, Any]],
-    journal: measuring.Journal,
+    journal: Journal,
 ) -> None:
     """Write what has been measured by now."""
     found = results.collect(
@@ -208,7 +198,7 @@ def _keep(
     results.write(out / RESULTS, found)
 
 
-def _print(journal: measuring.Journal) -> None:
+def _print(journal: Journal) -> None:
     """Print a table for each condition: each task, and all together."""
     console = Console()
     if not console.is_terminal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from moecascade import bench, launch, luck, server, steplog
 from moecascade.cli.serve import find_model
 from moecascade.errors import SetupError
 from moecascade.files import Tail
+from moecascade.journal import Journal
+from moecascade.plan import Plan
 from moecascade.rows import BASELINE, PLAIN
-from moecascade.workloads import Prompt
 
 HOST = "127.0.0.1"
 
@@ -60,16 +61,14 @@ def progress(screen: Console) -> Iterator[Progress]:
 
 def serve_and_measure(
     model: str,
-    prompts: Sequence[Prompt],
-    settings: bench.Settings,
-    journal: bench.Journal,
+    plan: Plan,
+    journal: Journal,
     out: Path,
     shown: Progress,
     *,
     flags: Sequence[str] = (),
     deadline: float | None = None,
     keep_text: bool = False,
-    warm: Sequence[Prompt] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Start the servers that a model needs, measure on them, and end them.
 
@@ -77,7 +76,7 @@ def serve_and_measure(
         What the model and the server were, for the results.
     """
     folder, local_name = find_model(model)
-    rounds = bench.plan(model, prompts, settings)
+    settings = plan.settings
     where = ["--host", HOST, "--port"]
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch, ExitStack() as stack:
         log, texts = Path(scratch) / "steps.jsonl", Path(scratch) / "traces.jsonl"
@@ -108,18 +107,15 @@ def serve_and_measure(
         served = launches[BASELINE]
         played = luck.conditions(launch.drafter_of(launch.Flags(flags))) if sampled else None
         logs = bench.Logs(steplog.Reader(log), Tail(texts), played)
-        _measure(
+        bench.measure(
             urls,
             served.model,
-            rounds,
-            settings,
+            plan,
             journal,
-            logs,
-            deadline,
-            keep_text,
-            shown,
-            bar,
-            warm,
+            logs=logs,
+            deadline=deadline,
+            keep_text=keep_text,
+            tell=_on(shown, bar, model, plan),
         )
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
@@ -128,73 +124,25 @@ def serve_and_measure(
 
 
 def on_running(
-    url: str,
-    model: str,
-    prompts: Sequence[Prompt],
-    settings: bench.Settings,
-    journal: bench.Journal,
-    shown: Progress,
-    minutes: float | None,
-    warm: Sequence[Prompt] = (),
+    url: str, model: str, plan: Plan, journal: Journal, shown: Progress, minutes: float | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure on a server that runs elsewhere; returns as `serve_and_measure` does."""
-    rounds = bench.plan(model, prompts, settings)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    _measure(
-        {BASELINE: url},
-        model,
-        rounds,
-        settings,
-        journal,
-        bench.Logs(),
-        deadline,
-        False,
-        shown,
-        bar,
-        warm,
-    )
+    tell = _on(shown, bar, model, plan)
+    bench.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
     return {"name": model}, {"url": url}
 
 
-def _measure(
-    urls: Mapping[str, str],
-    model: str,
-    rounds: Sequence[Sequence[bench.Block]],
-    settings: bench.Settings,
-    journal: bench.Journal,
-    logs: bench.Logs,
-    deadline: float | None,
-    keep_text: bool,
-    shown: Progress,
-    bar: TaskID,
-    warm: Sequence[Prompt],
-) -> None:
-    """Measure, and show how far it is."""
-    total = sum(len(blocks) for blocks in rounds)
+def _on(shown: Progress, bar: TaskID, model: str, plan: Plan) -> Callable[[str, int], None]:
+    """Return what shows on a bar how far measuring is."""
+    total = sum(len(blocks) for blocks in plan.rounds(model))
     shown.update(bar, description=f"{model}: warming up", total=total, completed=0)
-    sent = -1
 
-    def tell(block: bench.Block) -> None:
-        nonlocal sent
-        sent += 1
-        what = f"{block.requests[0].prompt.id} under {block.policy}"
+    def tell(what: str, sent: int) -> None:
         shown.update(bar, description=escape(f"{model}: {what[:36]:<36}"), completed=sent)
 
-    bench.measure(
-        urls,
-        model,
-        rounds,
-        settings,
-        journal,
-        logs=logs,
-        deadline=deadline,
-        keep_text=keep_text,
-        tell=tell,
-        warm=warm,
-        tell_warm=lambda spec: shown.update(bar, description=escape(f"{model}: warming up {spec}")),
-    )
-    shown.update(bar, completed=sent + 1)
+    return tell
 
 
 def _chooses_drafter(flags: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from moecascade.cli import measure
 from moecascade.cli.serve import find_model
 from moecascade.errors import SetupError
 from moecascade.files import write_whole
+from moecascade.plan import Block, Request, Settings
 from moecascade.rows import BASELINE, MARK
 from moecascade.vllm import compat
 
@@ -60,7 +61,7 @@ def record(
         moecascade record --out traces.jsonl --dtype float32
         moecascade replay traces.jsonl
     """
-    settings = bench.Settings(
+    settings = Settings(
         policies=(policy,),
         temperatures=(temperature,),
         concurrencies=(concurrency,),
@@ -74,10 +75,10 @@ def record(
     measure.make_folder(out.parent)
     folder, local_name = find_model(model)
     requests = tuple(
-        bench.Request(f"mc-{0:08x}-{i:05d}", prompt, seed + i, drawn=False)
+        Request(f"mc-{0:08x}-{i:05d}", prompt, seed + i, drawn=False)
         for i, prompt in enumerate(asked)
     )
-    block = bench.Block("record", policy, temperature, concurrency, 0, requests)
+    block = Block("record", policy, temperature, concurrency, 0, requests)
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch:
         log = Path(scratch) / "traces.jsonl"
         planned = launch.plan(
@@ -98,7 +99,7 @@ def record(
                             {BASELINE: http},
                             planned.model,
                             block,
-                            settings,
+                            max_tokens,
                             lambda _request: shown.advance(bar),
                         )
 
@@ -115,7 +116,7 @@ def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, list(arguments[len(files) :])
 
 
-def _lines(log: Path, requests: tuple[bench.Request, ...]) -> list[str]:
+def _lines(log: Path, requests: tuple[Request, ...]) -> list[str]:
     """Return the traces in the order of the requests, under the names of their prompts."""
     found = {}
     for _, row in traces.read_lines(log):

@@ -1,0 +1,57 @@
+"""The rows of a run as they are measured, kept in a file, so that it can be interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moecascade.errors import ConfigError
+from moecascade.rows import Row, from_json
+
+
+class Journal:
+    """The rows of a run as they come, one JSON object a line, so that it can be interrupted.
+
+    Args:
+        path: The file; created with its folder where it is missing.
+        about: What the run measures. A file about something else is refused.
+
+    Raises:
+        ConfigError: The file is about another run, or is none of ours.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Read what there is; a last line that was cut short is dropped."""
+        self.rows: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = json.dumps({"moecascade": "journal", **about})
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole and whole[0].rstrip("\n") != head:
+            raise ConfigError(
+                f"{path} is of a run that measures something else; choose another folder with "
+                "--out, or begin anew with --fresh"
+            )
+        self.rows = [from_json(json.loads(line)) for line in whole[1:]]
+        text = "".join(whole) or head + "\n"
+        if text != "".join(lines):
+            path.write_text(text, encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def done(self) -> frozenset[str]:
+        """The names of the requests that have been measured."""
+        return frozenset(row.request for row in self.rows)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append a block's rows."""
+        self.rows.extend(rows)
+        self._file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
