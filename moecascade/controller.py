@@ -7,18 +7,18 @@ fault is counted and reported, the other policies do not notice.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from moecascade import policies
+from moecascade.errors import ConfigError
 from moecascade.options import RequestOptions, ServerOptions
 from moecascade.policies import Policy
 from moecascade.steps import Decision, Proposal, Step
 
-MOST_SPECS = 64
-"""Policies kept at once, beyond those in use."""
+MOST_SPECS = 32
+"""Policies kept at once. One that learns takes ten megabytes, and requests may ask for any spec."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,7 +58,6 @@ class Controller:
         self._facts = facts or {}
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group | None] = {}
-        self.faults: Counter[str] = Counter()
         self._group(options.policy)
 
     def __len__(self) -> int:
@@ -69,7 +68,8 @@ class Controller:
         """A request begins under the policy that it asked for, or the server's.
 
         Raises:
-            ConfigError: The request asks for a policy or K that does not exist.
+            ConfigError: The request asks for a policy or K that does not exist, or for one more
+                policy than can be kept.
         """
         group = self._group(asked.policy or self._options.policy)
         cap = self._max_k if asked.max_k is None else min(asked.max_k, self._max_k)
@@ -115,6 +115,10 @@ class Controller:
                 longest = max(longest, min(k or 0, self._max_k))
         return longest
 
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """Return the settings of a policy that no spec says: see `ServerOptions.settings_of`."""
+        return self._options.settings_of(name, self._facts)
+
     def spec(self, request_id: str) -> str:
         """Return the spec of the policy that decides for a request, "" where none does."""
         group = self._group_of.get(request_id)
@@ -130,30 +134,30 @@ class Controller:
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)
         if group is None:
-            name = policies.parse(spec)[0]
-            settings = {
-                **policies.applicable(name, self._facts),
-                **self._options.options.get(name, {}),
-            }
-            group = _Group(spec, policies.create(spec, self._max_k, settings), set())
             self._make_room()
+            settings = self.settings_of(policies.parse(spec)[0])
+            group = _Group(spec, policies.create(spec, self._max_k, settings), set())
             self._groups[spec] = group
         return group
 
     def _make_room(self) -> None:
-        """Forget the oldest policy that nobody uses: requests may ask for any number of specs."""
-        if len(self._groups) >= MOST_SPECS:
-            for spec, group in self._groups.items():
-                if not group.members and spec != self._options.policy:
-                    del self._groups[spec]
-                    return
+        """Forget the oldest policy that nobody uses; ConfigError where all are in use."""
+        if len(self._groups) < MOST_SPECS:
+            return
+        for spec, group in self._groups.items():
+            if not group.members and spec != self._options.policy:
+                del self._groups[spec]
+                return
+        raise ConfigError(
+            f"{MOST_SPECS} different policies are in use, and no more are kept at once; ask for "
+            "one of them"
+        )
 
     def _guarded(self, group: _Group, call: Callable[P, R], *a: P.args, **k: P.kwargs) -> R | None:
         """Return what `call` returns; where it raises, retire the policy object and return None."""
         try:
             return call(*a, **k)
         except Exception as fault:  # noqa: BLE001 -- no fault of a policy may reach the engine
-            self.faults[group.spec] += 1
             # Its state can no longer be trusted: its requests go on without, the next ones get a
             # fresh object.
             for member in group.members:

@@ -84,6 +84,12 @@ class CostModel:
             self._level = seconds / (prior + self._pass * passes)
         expected = self.relative(positions) + self._pass * passes
         surprise = seconds / (self._level * expected)
+        if surprise < 1.0 / self.outlier and self._seen < self.settled:
+            # What came before was slow for reasons of its own: code compiled, memory touched for
+            # the first time. Nothing of it says what drafts cost.
+            self._begin_anew()
+            expected = self.relative(positions) + self._pass * passes
+            self._level, surprise = seconds / expected, 1.0
         if surprise > self.outlier and self._doubted < self.pauses:
             self._doubted += 1
             return
@@ -106,6 +112,16 @@ class CostModel:
             self._curve = None
             self._costs.clear()
             self._listed.clear()
+
+    def _begin_anew(self) -> None:
+        """Forget the shape that was measured."""
+        self._weight.clear()
+        self._ratio.clear()
+        self._pass, self._pass_weight = self.first_pass, self.pass_belief
+        self._seen = 0
+        self._kernel = self._curve = None
+        self._costs.clear()
+        self._listed.clear()
 
     def _without_passes(self, positions: int, time: float, passes: int) -> float:
         """Learn what passes take; return what the step took without them.

@@ -39,9 +39,11 @@ class Drafting:
                 verified, at least ``worth.size`` of them.
         """
         lately = np.zeros_like(self._worth)
+        best_first = np.argsort(-worth, axis=None)
+        slots, place = worth.ravel()[best_first], best_first % worth.shape[1]
         for k in range(1, worth.shape[1] + 1):
-            slots = -np.sort(-worth[:, :k], axis=None)
-            surplus = np.cumsum(slots) - delay[1 : slots.size + 1]
+            drafted = slots[place < k]
+            surplus = np.cumsum(drafted) - delay[1 : drafted.size + 1]
             lately[k] = max(0.0, float(surplus.max()))
         self._worth += (1.0 - KEEP) * (lately - self._worth)
 

@@ -7,8 +7,10 @@ Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Reque
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from moecascade import policies
@@ -39,6 +41,15 @@ class ServerOptions:
     trace_log: str = ""
     trace_tokens: bool = False
 
+    def settings_of(self, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a policy: what is known of the model, and what is configured.
+
+        Args:
+            name: The policy's name.
+            facts: See `moecascade.controller.Controller`.
+        """
+        return {**policies.applicable(name, facts), **self.options.get(name, {})}
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
@@ -55,12 +66,15 @@ class RequestOptions:
     task: str = ""
 
 
-def server_options(additional_config: Any, max_k: int) -> ServerOptions:
+def server_options(
+    additional_config: Any, max_k: int, facts: Mapping[str, Any] | None = None
+) -> ServerOptions:
     """Return the validated configuration from vLLM's ``additional_config``.
 
     Args:
         additional_config: vLLM's mapping; without our key, all defaults.
         max_k: The longest draft that the engine can verify.
+        facts: What is known of the model, see `moecascade.controller.Controller`.
 
     Raises:
         ConfigError: Unknown keys, policies or settings, values out of range.
@@ -75,20 +89,34 @@ def server_options(additional_config: Any, max_k: int) -> ServerOptions:
                 f"{where}: options are for an unknown policy {name!r}{nearest(name, known)}; "
                 f"allowed: {', '.join(sorted(known))}"
             )
-        argument = known[name].argument
-        filled = {argument: 0, **settings} if argument else settings
-        from_mapping(known[name].Settings, filled, f"{where}: options of policy {name!r}")
-    policies.create(chosen.policy, max_k, chosen.options.get(policies.parse(chosen.policy)[0]))
+        about = f"{where}: options of policy {name!r}"
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{about}: expected a mapping of names to values, got {settings!r}")
+        filled = chosen.settings_of(name, facts or {})
+        if known[name].argument:
+            filled.setdefault(known[name].argument, 0)
+        from_mapping(known[name].Settings, filled, about)
+    name = policies.parse(chosen.policy)[0]
+    policies.create(chosen.policy, max_k, chosen.settings_of(name, facts or {}))
     return chosen
 
 
-def request_options(extra_args: Mapping[str, Any] | None, max_k: int | None) -> RequestOptions:
+def _no_settings(_name: str) -> Mapping[str, Any]:
+    return {}
+
+
+def request_options(
+    extra_args: Mapping[str, Any] | None,
+    max_k: int | None,
+    settings_of: Callable[[str], Mapping[str, Any]] = _no_settings,
+) -> RequestOptions:
     """Return what a request's ``vllm_xargs`` ask of us; entries of others are left alone.
 
     Args:
         extra_args: The request's mapping, or None.
         max_k: The longest draft that the engine can verify; None where it is not known, then K is
             only checked for its type and sign.
+        settings_of: Gives the settings that the server has for a policy, by its name.
 
     Raises:
         ConfigError: Unknown ``cascade_*`` entries, unknown policies, K out of range.
@@ -110,7 +138,8 @@ def request_options(extra_args: Mapping[str, Any] | None, max_k: int | None) -> 
                 f"vllm_xargs: cascade_policy must be one of {', '.join(policies.names())}, "
                 f"got {policy!r}"
             )
-        policies.create(policy, max_k if max_k is not None else policies.ANY_K)
+        settings = settings_of(policies.parse(policy)[0])
+        _check(policy, policies.ANY_K if max_k is None else max_k, json.dumps(settings))
     if cap is not None:
         whole = isinstance(cap, int) and not isinstance(cap, bool)
         if not whole or cap < 0 or (max_k is not None and cap > max_k):
@@ -122,3 +151,9 @@ def request_options(extra_args: Mapping[str, Any] | None, max_k: int | None) -> 
     if not isinstance(task, str):
         raise ConfigError(f"vllm_xargs: cascade_task must be a text, got {task!r}")
     return RequestOptions(policy, cap, task)
+
+
+@lru_cache(maxsize=256)
+def _check(spec: str, max_k: int, settings: str) -> None:
+    """Raise ConfigError where a policy cannot be made. Making one takes a millisecond or two."""
+    policies.create(spec, max_k, json.loads(settings))

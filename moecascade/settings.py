@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from math import isfinite
 from typing import Any, TypeVar, get_type_hints
 
 from moecascade.errors import ConfigError, nearest
@@ -17,13 +18,20 @@ T = TypeVar("T")
 
 def _fits(value: Any, wanted: Any) -> bool:
     if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool)
     try:
         return isinstance(value, wanted)
     except TypeError:  # a parametrised type such as Mapping[str, Any]: check its origin
         return isinstance(value, wanted.__origin__)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number with hundreds of digits
+        return False
 
 
 def _name(wanted: Any) -> str:

@@ -44,9 +44,14 @@ class Engine:
     step_log: Path
 
     @property
+    def core(self) -> Any:
+        """vLLM's engine core, in this process."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
     def scheduler(self) -> Any:
         """The plugin's scheduler."""
-        return self.llm.llm_engine.engine_core.engine_core.scheduler
+        return self.core.scheduler
 
     def generate(
         self,

@@ -93,6 +93,22 @@ def engine_config(**settings: Any) -> Any:
     ).create_engine_config()
 
 
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        ({"num_experts": 64, "num_experts_per_tok": 8}, {"experts": 64, "top_k": 8}),
+        ({"hidden_size": 64}, {"experts": 1, "top_k": 1}),  # dense
+        ({"num_local_experts": 8}, {}),  # nobody says how many a token reads
+        ({"moe_num_experts": [64, 64], "num_experts_per_tok": 8}, {}),  # one for each modality
+        ({"num_experts": 4, "num_experts_per_tok": 8}, {}),
+    ],
+)
+def test_the_models_experts_are_read_or_left_open(config: Any, facts: dict[str, int]) -> None:
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
+    found: Any = SimpleNamespace(model_config=model)
+    assert compat.model_facts(found) == facts
+
+
 @pytest.mark.engine
 def test_ngram_and_draft_model_are_served() -> None:
     config = engine_config(speculative_config=SPECULATIVE)

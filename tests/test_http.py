@@ -16,6 +16,8 @@ from starlette.testclient import TestClient
 
 from moecascade.vllm.http import ValidateOptions
 
+JSON = {"content-type": "application/json; charset=utf-8"}
+
 
 async def echo(request: Request) -> Response:
     return Response(await request.body(), headers={"x-passed": "yes"})
@@ -27,8 +29,12 @@ def client() -> TestClient:
         routes=[Route("/v1/completions", echo, methods=["GET", "POST"])],
         middleware=[Middleware(ValidateOptions)],
     )
-    speculative = SimpleNamespace(num_speculative_tokens=8)
-    app.state.vllm_config = SimpleNamespace(speculative_config=speculative)
+    text = SimpleNamespace(num_experts=8, num_experts_per_tok=4)
+    app.state.vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=8),
+        model_config=SimpleNamespace(hf_text_config=text),
+        additional_config={"cascade": {"options": {"cascade": {"set_steps": 32}}}},
+    )
     return TestClient(app)
 
 
@@ -41,6 +47,9 @@ def client() -> TestClient:
         ({"cascade_kmax": 3}, "did you mean 'cascade_max_k'"),
         ({"cascade_task": 3}, "must be a text"),
         ({"cascade_policy": "cascade[set_steps=0]"}, "at least 1"),
+        ({"cascade_policy": "marginal[experts=3]"}, "top_k must be from 1 to experts (3), got 4"),
+        ({"cascade_policy": "static:" + "9" * 5000}, "whole number after the colon"),
+        ({"cascade_policy": "cascade[backoff=Infinity]"}, "backoff must be a number"),
     ],
 )
 def test_bad_options_are_answered_with_400(client: TestClient, xargs: Any, word: str) -> None:
@@ -65,7 +74,7 @@ def test_bad_options_are_answered_with_400(client: TestClient, xargs: Any, word:
     ],
 )
 def test_everything_else_passes_unchanged(client: TestClient, body: bytes) -> None:
-    answer = client.post("/v1/completions", content=body)
+    answer = client.post("/v1/completions", content=body, headers=JSON)
     assert answer.status_code == 200
     assert answer.headers["x-passed"] == "yes"
     assert answer.content == body
@@ -76,9 +85,18 @@ def test_a_body_in_pieces_is_read_whole_and_passed_whole(client: TestClient) -> 
         return (text[i : i + 7].encode() for i in range(0, len(text), 7))
 
     good = json.dumps({"prompt": "y" * 100, "vllm_xargs": {"cascade_policy": "off"}})
-    assert client.post("/v1/completions", content=pieces(good)).content == good.encode()
+    answer = client.post("/v1/completions", content=pieces(good), headers=JSON)
+    assert answer.content == good.encode()
     bad = good.replace('"off"', '"of"')
-    assert client.post("/v1/completions", content=pieces(bad)).status_code == 400
+    assert client.post("/v1/completions", content=pieces(bad), headers=JSON).status_code == 400
+
+
+def test_what_is_no_json_is_passed_on_without_waiting_for_the_whole_of_it(
+    client: TestClient,
+) -> None:
+    body = b'{"vllm_xargs": {"cascade_policy": "no-such"}}'  # bytes of a picture, for all we know
+    answer = client.post("/v1/completions", content=body, headers={"content-type": "audio/wav"})
+    assert answer.content == body
 
 
 def test_reading_is_left_alone(client: TestClient) -> None:

@@ -205,6 +205,19 @@ def test_the_cost_model_follows_a_change_and_a_slower_machine() -> None:
             assert model.cost(1, k) == pytest.approx(1 + factor * k, rel=0.1)
 
 
+@pytest.mark.parametrize("slower", [4.0, 30.0])
+def test_a_slow_first_step_does_not_make_drafts_look_free(slower: float) -> None:
+    """The first step compiles, touches memory, or had been waited for."""
+    curve = [1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8]
+    model = CostModel()
+    model.observe(1, 0.02 * slower)
+    for k in (8, 3, 0, 2):
+        model.observe(1 + k, 0.02 * curve[k])
+        assert model.cost(1, 8) > 1.8
+        assert model.cost(1, 3) > 1.3
+    assert model.seconds(1) == pytest.approx(0.02, rel=0.2)
+
+
 def test_costs_of_drafting_and_of_verifying_are_told_apart() -> None:
     """Here a drafter made 0 to 3 passes, and others than the drafts it then verified."""
     rng = random.Random(1)
@@ -457,8 +470,10 @@ def test_a_model_drafts_further_where_its_passes_pay() -> None:
 def test_a_batch_is_drafted_for_if_it_pays_for_all_together(crowd: int) -> None:
     """A pass delays all; one request whose drafts are right cannot pay for seven."""
     lengths = {}
-    for good in (1, 8):
+    for good, waiting in ((1, 0), (8, 0), (1, 500)):
         policy = create("marginal", 4, {"crowd": crowd})
+        for i in range(waiting):  # in the engine's queue: these have no say
+            policy.add(f"waiting-{i}", 4, [1, 2, 3])
         names = [f"r{i}" for i in range(8)]
         for name in names:
             policy.add(name, 4, [1, 2, 3])
@@ -475,8 +490,8 @@ def test_a_batch_is_drafted_for_if_it_pays_for_all_together(crowd: int) -> None:
                 for name, k, n in zip(names, ks, emitted, strict=True)
             )
             policy.observe(Step(0.02 * (1 + 0.01 * sum(ks) + 0.2 * passes), True, parts, passes))
-        lengths[good] = drafted
-    assert lengths == {1: 1, 8: 4}
+        lengths[good, waiting] = drafted
+    assert lengths == {(1, 0): 1, (8, 0): 4, (1, 500): 1}
 
 
 def test_caps_hold_and_nothing_is_left_of_dropped_requests() -> None:

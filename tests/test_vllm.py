@@ -221,6 +221,100 @@ def test_whatever_raises_in_the_plugin_costs_drafts_not_requests(
     assert sum(engine.scheduler.cascade_faults.values()) > 0
 
 
+def test_a_worker_that_keeps_drafts_to_itself_is_asked_for_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's second model runner, for GPUs, sends -1 for drafts unless a step is marked."""
+    reference = engine.generate(PROMPTS[:2], policy("off"))
+    faults = dict(engine.scheduler.cascade_faults)
+    for answers, heeded in ((True, "heeded"), (False, "not heeded")):
+        with monkeypatch.context() as patch:
+            keeps_drafts_to_itself(engine, patch, answers)
+            outputs, steps = engine.generate_logged(PROMPTS[:2], policy("static:3"))
+        assert outputs == reference, heeded
+        drafted = sum(part["drafted"] for step in steps for part in step["requests"])
+        assert (drafted > 0) is answers, heeded
+        if answers:
+            assert dict(engine.scheduler.cascade_faults) == faults
+    assert engine.scheduler.cascade_faults.pop("drafts") > 0
+
+
+def keeps_drafts_to_itself(engine: Engine, patch: pytest.MonkeyPatch, answers: bool) -> None:
+    """Let the engine send drafts as the second runner does, or never tell them."""
+    scheduler, core = engine.scheduler, engine.core
+    schedule, take = scheduler.schedule, core.model_executor.take_draft_token_ids
+    marked: list[bool] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        marked.append(output.has_structured_output_requests)
+        return output
+
+    def taken() -> Any:
+        drafts = take()
+        if drafts is not None and not (answers and marked[-1]):
+            drafts.draft_token_ids = [[-1] * len(draft) for draft in drafts.draft_token_ids]
+        return drafts
+
+    patch.setattr(scheduler, "schedule", watched)
+    patch.setattr(core.model_executor, "take_draft_token_ids", taken)
+
+
+def test_drafts_of_a_drafter_that_did_not_run_are_neither_verified_nor_learnt_from(
+    draft_model_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the end of the drafter's context vLLM fills drafts with zeros."""
+    engine = draft_model_engine
+    reference = engine.generate(PROMPTS[:2], policy("off"))
+    take = engine.core.model_executor.take_draft_token_ids
+
+    def zeros() -> Any:
+        drafts = take()
+        if drafts is not None:
+            drafts.draft_token_ids = [[0] * len(draft) for draft in drafts.draft_token_ids]
+        return drafts
+
+    monkeypatch.setattr(engine.core.model_executor, "take_draft_token_ids", zeros)
+    passes: list[int] = []
+    observe = engine.scheduler.controller.observe
+
+    def watched(step: Step) -> None:
+        passes.append(step.passes)
+        observe(step)
+
+    monkeypatch.setattr(engine.scheduler.controller, "observe", watched)
+    outputs, steps = engine.generate_logged(PROMPTS[:2], policy("static:3"))
+    assert outputs == reference
+    assert {part["drafted"] for step in steps for part in step["requests"]} == {0}
+    assert set(passes[3:]) == {0}
+
+
+@pytest.mark.parametrize("log", ["_step_log", "_trace_log"])
+def test_a_log_that_cannot_be_written_is_given_up_which_costs_no_drafts(
+    ngram_engine: Engine, monkeypatch: pytest.MonkeyPatch, log: str
+) -> None:
+    engine = ngram_engine
+    reference = engine.generate(PROMPTS[:2], policy("off"))
+
+    class Full:
+        def __getattr__(self, _name: str) -> Any:
+            raise OSError(28, "No space left on device")
+
+    observed: list[Step] = []
+    observe = engine.scheduler.controller.observe
+
+    def watched(step: Step) -> None:
+        observed.append(step)
+        observe(step)
+
+    monkeypatch.setattr(engine.scheduler, log, Full())
+    monkeypatch.setattr(engine.scheduler.controller, "observe", watched)
+    assert engine.generate(PROMPTS[:2], policy("static:3")) == reference
+    assert sum(part.drafted for step in observed for part in step.requests) > 0
+    assert getattr(engine.scheduler, log) is None  # given up with the first fault
+    assert engine.scheduler.cascade_faults.pop(log[1:]) == 1
+
+
 def test_bad_request_options_fall_back_to_the_server_s_policy_raises(engine: Engine) -> None:
     reference = engine.generate(PROMPTS[:1], policy("off"))
     for bad in (policy("no-such"), {"cascade_max_k": 99}, {"cascade_polcy": "off"}):

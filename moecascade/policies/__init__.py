@@ -33,6 +33,7 @@ _REGISTRY: dict[str, type[Policy]] = {}
 
 ANY_K = sys.maxsize
 """`max_k` for checking a spec where the engine's longest draft is not known."""
+MOST_DIGITS = 9  # of an argument
 
 
 def register(policy: type[Policy]) -> type[Policy]:
@@ -96,7 +97,7 @@ def create(spec: str, max_k: int, options: Mapping[str, Any] | None = None) -> P
         )
     values = {**(options or {}), **inline}
     if policy.argument:
-        if argument is None or not argument.isdecimal():
+        if argument is None or not argument.isdecimal() or len(argument) > MOST_DIGITS:
             raise ConfigError(
                 f"policy {spec!r} needs a whole number after the colon; "
                 f"write for example {name}:{min(3, max_k)}"

@@ -23,6 +23,9 @@ from moecascade.utility import Baseline, Tally, cost_share
 Trial = tuple[int, float]  # K, and the utility measured with it
 
 
+LONGEST_SET = 1 << 20  # steps, however often back-off has doubled them
+
+
 @dataclass(frozen=True, slots=True)
 class CascadeSettings:
     """The paper's constants; its letter in brackets.
@@ -251,7 +254,7 @@ class Cascade:
     def _begin_set(self, r: _Request, k: int) -> None:
         if k == 0:  # adaptive back-off: 16, 32, 64, ...
             self._begin(r, "set", 0, r.set_steps)
-            r.set_steps = round(r.set_steps * self._settings.backoff)
+            r.set_steps = round(min(r.set_steps * self._settings.backoff, LONGEST_SET))
         else:
             r.set_steps = self._settings.set_steps
             self._begin(r, "set", k, r.set_steps)

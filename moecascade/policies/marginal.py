@@ -138,7 +138,8 @@ class Marginal:
         self._batch_rate = _Rate(1.2 * settings.rate_memory, settings.rate_memory)
         self._others = 0  # requests under other policies in the last step
         self._crowded = False  # whether history made the last decisions
-        self._batch = (1, 0)  # requests and drafts of the step that was last decided about
+        self._batch = (1, 0)  # requests and drafts of the step that was last decided about, and
+        self._decided: list[_Request] = []  # ours among them
         self._drafting: Drafting | None = None  # made for the first model drafter
         self._ahead = 0  # tokens that it is to draft, and
         self._ahead_for = 0  # steps for which that was decided
@@ -167,6 +168,7 @@ class Marginal:
         self._crowded = crowded
         ks = (self._in_crowd if crowded else self._by_text)(proposals, requests)
         self._batch = (len(proposals) + self._others, sum(ks))
+        self._decided = requests
         self._ahead_for -= 1
         decisions = []
         for r, k in zip(requests, ks, strict=True):
@@ -313,16 +315,18 @@ class Marginal:
 
     def _draft_length(self, drafting: Drafting) -> int:
         n, _ = self._batch
-        worths = []
-        for r in self._requests.values():
-            if survival := self._survival(r):
-                longer = self._acceptance.prolonged(survival, self._max_k)
-                rate = self._batch_rate.value if self._crowded else r.rate.value
-                slots = np.array(longer) / rate
-                slots[r.max_k :] = 0.0
-                worths.append(slots)
-        if worths:
-            worth = np.array(worths)
+        width = self._max_k
+        if self._crowded and self._history is not None:
+            requests = self._decided
+            worth = self._history.survival([r.state for r in requests]) / self._batch_rate.value
+        else:
+            requests = [r for r in self._decided if r.survival]
+            prolonged = self._acceptance.prolonged
+            worth = np.array(
+                [np.array(prolonged(r.survival, width)) / r.rate.value for r in requests]
+            )
+        if requests:
+            worth[np.array([r.max_k for r in requests])[:, None] <= np.arange(width)] = 0.0
             drafting.consider(worth, n * (self._costs.costs(n, worth.size) - 1.0))
         return drafting.length(n * self._costs.pass_cost(n))
 

@@ -93,16 +93,26 @@ def model_facts(config: VllmConfig) -> dict[str, int]:
     text = config.model_config.hf_text_config
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     experts = next((n for name in names if (n := getattr(text, name, None))), 1)
-    top_k = getattr(text, "num_experts_per_tok", None) if experts > 1 else 1
+    top_k = 1 if experts == 1 else getattr(text, "num_experts_per_tok", None)
+    # Some models have lists here, a number for each modality.
     if not (isinstance(experts, int) and isinstance(top_k, int) and 1 <= top_k <= experts):
         return {}
     return {"experts": experts, "top_k": top_k}
 
 
-def drafts_cost(config: VllmConfig) -> bool:
-    """Return whether the drafter runs a model, so that drafting less saves time."""
+def runs_model(config: VllmConfig) -> bool:
+    """Return whether the drafter is a model."""
     assert config.speculative_config is not None
-    return bool(config.speculative_config.method in MODEL_DRAFTERS)
+    return config.speculative_config.method in MODEL_DRAFTERS
+
+
+def drafts_cost(config: VllmConfig) -> bool:
+    """Return whether the drafter runs a model as often as it is told, so that less saves time.
+
+    With vLLM's second model runner, which GPUs have by default, a draft model always drafts as far
+    as it can (0.32: `StandaloneARSpeculator.propose`).
+    """
+    return runs_model(config) and not getattr(config, "use_v2_model_runner", False)
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -188,6 +198,32 @@ def emitted(output: ModelRunnerOutput, request_id: str) -> Sequence[int]:
     """
     tokens = output.sampled_token_ids
     return tokens[output.req_id_to_index[request_id]] if tokens else ()
+
+
+def ask_for_drafts(output: SchedulerOutput) -> None:
+    """Let the worker tell the drafts that it makes at the end of this step.
+
+    vLLM's second model runner, which GPUs have by default, keeps drafts on the device and sends as
+    many -1 in their place, unless a request of the step has a grammar to check them against. For
+    the worker this mark means no more than that (0.32: `DraftTokensHandler.set_draft_tokens`), and
+    the scheduler looks up for itself which requests have a grammar.
+    """
+    output.has_structured_output_requests = True
+
+
+def told(draft: Sequence[int]) -> bool:
+    """Return whether a draft holds tokens, not what stands for tokens that are not told."""
+    return draft[0] >= 0
+
+
+def drafted_nothing(proposed: DraftTokenIds) -> bool:
+    """Return whether a model drafter did not run, though it was to.
+
+    Where a sequence of the batch is too long for the drafter, vLLM drafts for none: every draft is
+    zeros (0.32: `GPUModelRunner._input_fits_in_drafter`).
+    """
+    drafts = proposed.draft_token_ids
+    return any(drafts) and not any(any(draft) for draft in drafts)
 
 
 def with_drafts(proposed: DraftTokenIds, drafts: list[list[int]]) -> DraftTokenIds:

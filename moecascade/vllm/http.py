@@ -7,10 +7,13 @@ Without it a bad option is logged and the request runs under the server's policy
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import ConfigError
-from moecascade.options import REQUEST_PREFIX, request_options
+from moecascade.options import REQUEST_PREFIX, request_options, server_options
+from moecascade.vllm import compat
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,14 +31,18 @@ class ValidateOptions:
     def __init__(self, app: ASGIApp) -> None:
         """Wrap `app`."""
         self._app = app
+        self._told: tuple[int, Callable[[str], Mapping[str, Any]]] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 400 where our options are wrong; pass everything else on untouched."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        if b"json" not in dict(scope["headers"]).get(b"content-type", b""):
+            await self._app(scope, receive, send)  # audio, images: nothing of ours
+            return
         messages, body = await _read(receive)
-        problem = _problem(body, _max_k(scope)) if _MARK in body else None
+        problem = _problem(body, *self._known(scope)) if _MARK in body else None
         if problem is not None:
             await _refuse(send, problem)
             return
@@ -45,32 +52,36 @@ class ValidateOptions:
 
         await self._app(scope, replay, send)
 
+    def _known(self, scope: Scope) -> tuple[int | None, Callable[[str], Mapping[str, Any]]]:
+        """Return the engine's longest draft, and what gives a policy's settings there."""
+        if self._told is None:
+            config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
+            if config is None or config.speculative_config is None:
+                return None, lambda _name: {}  # the server does not say
+            max_k, facts = compat.max_k(config), compat.model_facts(config)
+            options = server_options(config.additional_config, max_k, facts)
+            self._told = max_k, partial(options.settings_of, facts=facts)
+        return self._told
+
 
 async def _read(receive: Receive) -> tuple[list[Message], bytes]:
     """Return the messages that make up the request's body, and the body."""
     messages: list[Message] = []
-    body = b""
     while True:
         message = await receive()
         messages.append(message)
-        body += message.get("body", b"")
         if message["type"] != "http.request" or not message.get("more_body", False):
-            return messages, body
+            return messages, b"".join(message.get("body", b"") for message in messages)
 
 
-def _max_k(scope: Scope) -> int | None:
-    """Return the engine's longest draft where the server says so."""
-    config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
-    speculative = getattr(config, "speculative_config", None)
-    return getattr(speculative, "num_speculative_tokens", None)
-
-
-def _problem(body: bytes, max_k: int | None) -> str | None:
+def _problem(
+    body: bytes, max_k: int | None, settings_of: Callable[[str], Mapping[str, Any]]
+) -> str | None:
     """Return what is wrong with the options in `body`; None where nothing is, or it is no JSON."""
     try:
         extra_args: Any = json.loads(body).get("vllm_xargs")
         if isinstance(extra_args, dict):
-            request_options(extra_args, max_k)
+            request_options(extra_args, max_k, settings_of)
     except ConfigError as error:
         return str(error)
     except (ValueError, AttributeError):

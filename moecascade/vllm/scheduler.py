@@ -8,15 +8,16 @@ order in which the engine calls it, a step is
     update_from_output       take the time, show the policies what the step did
     update_draft_token_ids   ask the policies for K, cut the drafts to it
 
-Nothing of ours may raise into the engine: `_safely` logs a fault once, counts it, and the step goes
-on without drafts.
+Nothing of ours may raise into the engine: `_safely` logs a fault once, counts it, and the engine
+goes on without what failed; a draft that nobody decided about is not verified.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
@@ -48,13 +49,15 @@ class Scheduler(VllmScheduler):
         compat.check_hooks(VllmScheduler)
         compat.check_supported(config)
         self._max_k = compat.max_k(config)
+        self._runs_model = compat.runs_model(config)
         self._drafts_cost = compat.drafts_cost(config)
-        self._options = server_options(config.additional_config, self._max_k)
+        self._draftless = False  # whether the drafter did not run at the end of the last step
+        facts = compat.model_facts(config)
+        self._options = server_options(config.additional_config, self._max_k, facts)
         self._began: float | None = None  # when the step under way began; None while idle
         self._decisions: dict[str, Decision] = {}  # the last one of each request
         self._ended: list[str] = []  # requests that ended, but may be in the step under way
         self.cascade_faults: Counter[str] = Counter()
-        facts = compat.model_facts(config)
         self.controller = Controller(self._options, self._max_k, self._policy_fault, facts)
         self._controller_seconds = 0.0  # spent since the last step was observed
         self._handover_seconds = 0.0  # waited for drafts since then
@@ -82,6 +85,7 @@ class Scheduler(VllmScheduler):
         if self._began is None:
             self._began = time.perf_counter()
         output = super().schedule(*args, **kwargs)
+        self._safely(compat.ask_for_drafts, output)
         if self._drafts_cost:
             k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
             compat.limit_drafting(output, k or 0)
@@ -127,19 +131,21 @@ class Scheduler(VllmScheduler):
     def _begin(self, request: Request) -> None:
         self._forget_ended()  # one of them may have had the same name
         asked = RequestOptions()
-        if self._options.request_options:
-            try:
-                asked = request_options(compat.extra_args(request), self._max_k)
-            except ConfigError as error:
-                # `moecascade.vllm.http` answers these with status 400 where it is installed; here,
-                # in the engine's process, refusing is too late: the server's policy serves.
-                self._report(
-                    "request options", f"{error}; the request runs under the server's policy"
-                )
         prompt = compat.prompt_tokens(request)
-        self.controller.add(request.request_id, asked, prompt)
+        try:
+            if self._options.request_options:
+                known = self.controller.settings_of
+                asked = request_options(compat.extra_args(request), self._max_k, known)
+            self.controller.add(request.request_id, asked, prompt)
+        except ConfigError as error:
+            # `moecascade.vllm.http` answers these with status 400 where it is installed; here, in
+            # the engine's process, refusing is too late: the server's policy serves.
+            self._report("request options", f"{error}; the request runs under the server's policy")
+            asked = RequestOptions()
+            self.controller.add(request.request_id, asked, prompt)
         if self._trace_log is not None:
-            self._trace_log.begin(request.request_id, asked.task, prompt)
+            with self._given_up("trace_log"):
+                self._trace_log.begin(request.request_id, asked.task, prompt)
 
     def _forget_ended(self) -> None:
         while self._ended:
@@ -147,7 +153,8 @@ class Scheduler(VllmScheduler):
             self._decisions.pop(request_id, None)
             self.controller.drop(request_id)
             if self._trace_log is not None:
-                self._trace_log.end(request_id)
+                with self._given_up("trace_log"):
+                    self._trace_log.end(request_id)
 
     def _observe(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
         now = time.perf_counter()
@@ -160,46 +167,63 @@ class Scheduler(VllmScheduler):
                 for tokens in [compat.emitted(results, request_id)]
             )
             decode = compat.is_decode(output) and all(part.emitted for part in parts)
-            passes = compat.drafter_passes(output) if self._drafts_cost else 0
+            drafting = self._drafts_cost and not self._draftless
+            passes = compat.drafter_passes(output) if drafting else 0
             step = Step(None if began is None else now - began, decode, parts, passes)
             if self._step_log is not None:
-                ids = [part.request_id for part in parts]
-                policy_of = {request_id: self.controller.spec(request_id) for request_id in ids}
-                explained = {request_id: self.controller.explain(request_id) for request_id in ids}
-                self._step_log.write(
-                    step,
-                    self._decisions,
-                    policy_of,
-                    explained,
-                    self._controller_seconds,
-                    self._handover_seconds,
-                )
+                with self._given_up("step_log"):
+                    self._log_step(self._step_log, step)
                 self._controller_seconds = self._handover_seconds = 0.0
             if self._trace_log is not None:
-                self._trace_log.step(step)
+                with self._given_up("trace_log"):
+                    self._trace_log.step(step)
             learning = time.perf_counter()
             self.controller.observe(step)
             self._controller_seconds += time.perf_counter() - learning
 
+    def _log_step(self, log: StepLog, step: Step) -> None:
+        ids = [part.request_id for part in step.requests]
+        log.write(
+            step,
+            self._decisions,
+            {request_id: self.controller.spec(request_id) for request_id in ids},
+            {request_id: self.controller.explain(request_id) for request_id in ids},
+            self._controller_seconds,
+            self._handover_seconds,
+        )
+
     def _flush(self) -> None:
-        for log in (self._step_log, self._trace_log):
-            if log is not None:
-                log.flush()
+        if self._step_log is not None:
+            with self._given_up("step_log"):
+                self._step_log.flush()
+        if self._trace_log is not None:
+            with self._given_up("trace_log"):
+                self._trace_log.flush()
 
     def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
-        proposals = [
-            Proposal(request_id, tokens)
-            for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True)
-            if (request := self.requests.get(request_id)) is not None
-            and not request.is_prefill_chunk
-        ]
+        if self._runs_model and any(proposed.draft_token_ids):
+            self._draftless = compat.drafted_nothing(proposed)
+        proposals = []
+        for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True):
+            request = self.requests.get(request_id)
+            if request is not None and not request.is_prefill_chunk and not request.is_finished():
+                proposals.append(Proposal(request_id, self._usable(tokens)))
         decided = self.controller.decide(proposals)
         self._decisions.update(decided)
-        drafts = [
-            tokens[: decision.k] if (decision := decided.get(request_id)) else []
-            for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True)
-        ]
-        return compat.with_drafts(proposed, drafts)
+        drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
+        for proposal in proposals:
+            if decision := decided.get(proposal.request_id):
+                drafts[proposal.request_id] = list(proposal.tokens[: decision.k])
+        return compat.with_drafts(proposed, list(drafts.values()))
+
+    def _usable(self, draft: list[int]) -> list[int]:
+        """Return a draft, empty where it holds nothing that the drafter thought of."""
+        if self._draftless:
+            return []
+        if draft and not compat.told(draft):
+            self._report("drafts", "vLLM's worker does not tell them, so none is verified")
+            return []
+        return draft
 
     # ---- faults ----------------------------------------------------------------------------------
 
@@ -208,8 +232,17 @@ class Scheduler(VllmScheduler):
         try:
             return call(*args, **kwargs)
         except Exception as fault:  # noqa: BLE001 -- the engine must go on
-            self._report(getattr(call, "__name__", "call"), f"{fault!r}; going on without drafts")
+            self._report(getattr(call, "__name__", "call"), f"{fault!r}; going on without it")
             return None
+
+    @contextmanager
+    def _given_up(self, log: str) -> Iterator[None]:
+        """Give up a log that cannot be written: a full disk must cost neither steps nor drafts."""
+        try:
+            yield
+        except Exception as fault:  # noqa: BLE001 -- the engine must go on
+            self._report(log, f"{fault!r}; going on without this log")
+            setattr(self, f"_{log}", None)
 
     def _policy_fault(self, spec: str, fault: Exception) -> None:
         self._report(f"policy {spec!r}", f"{fault!r}; its requests go on without drafts")
