@@ -40,7 +40,7 @@ case ${1:-} in
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
       --temperatures 0.8 --max-tokens 192 --minutes 11 --speculative-config "$SELDOM"
     part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
-      --concurrency 1,4,8 --max-tokens 96 --minutes 8
+      --concurrency 4,8 --max-tokens 96 --minutes 8
     ;;
   *)
     echo "usage: $0 quick|full" >&2

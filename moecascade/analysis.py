@@ -22,6 +22,8 @@ from moecascade.summary import (
 )
 from moecascade.workloads import workloads
 
+HINDSIGHT = "best static K"
+"""Stands in the place of a policy for the fixed K that was best under a condition."""
 FEW = 5  # steps at one K below which it is left out
 
 
@@ -251,10 +253,12 @@ def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
     return best
 
 
-def with_hindsight(rows: Sequence[Row], name: str = "best static K") -> list[Row]:
-    """Return the rows of `hindsight`'s choices under one name, to compare with."""
+def with_hindsight(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of `hindsight`'s choices under the name `HINDSIGHT`, to compare with."""
     best = hindsight(rows)
-    return [replace(row, policy=name) for row in rows if best.get(condition_of(row)) == row.policy]
+    return [
+        replace(row, policy=HINDSIGHT) for row in rows if best.get(condition_of(row)) == row.policy
+    ]
 
 
 def presence(rows: Sequence[Row]) -> Ratio | None:

@@ -53,7 +53,7 @@ def colour_of(policy: str) -> str:
     """Return a policy's colour: the same wherever it is drawn."""
     if policy in EMPHASIS:
         return EMPHASIS[policy]
-    return STATIC if policy.startswith(("static:", "best static")) else OTHER
+    return STATIC if policy.startswith("static:") else OTHER
 
 
 def _new(narrow: bool, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:

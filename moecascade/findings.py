@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moecascade import analysis, policies
+from moecascade.analysis import HINDSIGHT
+from moecascade.policies.dynamic_table import tuned
 from moecascade.rows import BASELINE, Row
 from moecascade.summary import Cell, totals
 
-HINDSIGHT = "best static K"
 ADAPTIVE = ("cascade", "marginal")
 
 
@@ -51,6 +52,7 @@ def findings(
         *_worst(cells, varied),
         *_crowds(cells),
         *_advantage(main),
+        *_tables(cells),
         *_apart(varied),
         *_ablations(rows),
         *_utility(points),
@@ -96,13 +98,18 @@ def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
         shown.append(min(judged, key=lambda one: one[0]))
     said = []
     for speedup, cell, where in shown:
-        how = f"{1 - speedup:.1%} slower" if speedup < 1 else f"{speedup - 1:.1%} faster"
         name = "" if exact else f"{cell.policy}, "
         within = "; too few prompts for an interval"
         if cell.low is not None and cell.high is not None:
-            within = f"; {cell.low - 1:+z.1%} to {cell.high - 1:+z.1%}"
+            within = f"; {pace(cell.high)} to {pace(cell.low)}"
+        how = pace(speedup)
         said.append(f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})")
     return "; with an interval: ".join(said)
+
+
+def pace(speedup: float) -> str:
+    """Return a speed-up in words: slower by so much more time, as in the paper, or faster."""
+    return f"{1 / speedup - 1:.1%} slower" if speedup < 1 else f"{speedup - 1:.1%} faster"
 
 
 def _crowds(cells: Sequence[Cell]) -> list[Finding]:
@@ -122,15 +129,17 @@ def _crowds(cells: Sequence[Cell]) -> list[Finding]:
 
 def _within(cell: Cell) -> str:
     if cell.low is None or cell.high is None:
-        return ""
+        return " (too few prompts for an interval)"
     return f" ({cell.low - 1:+z.1%} to {cell.high - 1:+z.1%})"
 
 
 def _advantage(rows: Sequence[Row]) -> list[Finding]:
+    """Return how the policies compare, one request at a time."""
     made: list[Finding] = []
+    rows = [row for row in rows if row.concurrency == 1]
     if not rows:
         return made
-    best = analysis.with_hindsight(rows, HINDSIGHT)
+    best = analysis.with_hindsight(rows)
     for policy in ADAPTIVE:
         if found := analysis.ratio([*rows, *best], policy, HINDSIGHT):
             paper = "Mixtral: +18%" if policy == "cascade" else ""
@@ -145,6 +154,31 @@ def _advantage(rows: Sequence[Row]) -> list[Finding]:
         what = f"marginal over {fastest}, the fastest of what others use"
         made.append(Finding(what, change(beside[fastest])))
     return made
+
+
+def _tables(cells: Sequence[Cell]) -> list[Finding]:
+    """Return the tables of K by batch size that would have been best, as for vLLM's Dynamic SD.
+
+    Batch sizes at which there was a choice, that is.
+    """
+    measured: dict[tuple[str, float], dict[tuple[int, int], float]] = {}
+    for condition, of in totals(cells).items():
+        speedups = {
+            (condition.concurrency, int(cell.policy.removeprefix("static:"))): cell.speedup
+            for cell in of
+            if cell.policy.startswith("static:") and cell.speedup is not None
+        }
+        if len(speedups) > 1:
+            measured.setdefault((condition.model, condition.temperature), {}).update(speedups)
+    said = []
+    for (model, temperature), speedups in measured.items():
+        ks = ", ".join(
+            f"K = {k}" if first == 1 else f"from {first} at once {k}"
+            for first, _, k in tuned(speedups)
+        )
+        said.append(f"{model}, T = {temperature:g}: {ks}")
+    what = "the best table of K by batch size, in hindsight"
+    return [Finding(what, "; ".join(said))] if said else []
 
 
 def _apart(varied: Sequence[Cell]) -> list[Finding]:
@@ -201,7 +235,7 @@ def _step_times(rows: Sequence[Row]) -> list[Finding]:
 
 
 def _presence(rows: Sequence[Row]) -> list[Finding]:
-    found = analysis.presence(rows)
+    found = analysis.presence([row for row in rows if row.concurrency == 1])
     if found is None:
         return []
     made = [Finding("speed of our engine at K = 0 against vLLM without us", change(found))]

@@ -43,6 +43,7 @@ _SAME = {  # other ways to say what a default of ours says
     "spec-model": "speculative-config",
     "spec-tokens": "speculative-config",
     "no-enforce-eager": "enforce-eager",
+    "no-async-scheduling": "async-scheduling",
 }
 _OURS = (
     "speculative-config",
@@ -52,6 +53,7 @@ _OURS = (
     "dtype",
     "max-model-len",
     "served-model-name",
+    "async-scheduling",
 )
 
 
@@ -108,10 +110,10 @@ class Flags:
             if not equals and follows:
                 value = arguments[i + 1]
             dotted = "." in name  # --additional-config.cascade.policy=off
-            self._values[self._canonical(name)] = "" if dotted else value
+            self._values[self.canonical(name)] = "" if dotted else value
         if path := self.value("config"):
             for key, value in self._read_file(path).items():
-                self._values.setdefault(self._canonical(f"--{key}"), value)
+                self._values.setdefault(self.canonical(f"--{key}"), value)
 
     def __contains__(self, name: str) -> bool:
         """Return whether the flag was given."""
@@ -122,7 +124,8 @@ class Flags:
         return self._values.get(name) or default
 
     @staticmethod
-    def _canonical(name: str) -> str:
+    def canonical(name: str) -> str:
+        """Return a flag's name as it is kept here, whichever spelling was given."""
         if name in _SHORT:
             return _SHORT[name]
         plain = name.lstrip("-").partition(".")[0].replace("_", "-")
@@ -185,13 +188,41 @@ def plan(
             )
     else:
         ours += ["--speculative-config", _json(_drafter(max_k))]
+    if "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
+        ours += ["--no-async-scheduling"]
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
     return _launch(model, flags, [*ours, *arguments], local_name)
 
 
 def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None = None) -> Launch:
-    """Return how to serve `model` without plugin and speculation, otherwise as `plan` would."""
-    return _launch(model, Flags(arguments), arguments, local_name)
+    """Return how to serve `model` without plugin and speculation, otherwise as `plan` would.
+
+    Args:
+        model: A folder or a name on the hub.
+        arguments: vLLM's flags for `plan`; those that choose a drafter are left out.
+        local_name: As for `plan`.
+
+    Raises:
+        ConfigError: A ``--config`` file chooses a drafter.
+    """
+    kept: list[str] = []
+    dropping = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, _ = argument.partition("=")
+            dropping = Flags.canonical(name) == "speculative-config"
+            if dropping and equals:
+                dropping = False
+                continue
+        if not dropping:
+            kept.append(argument)
+    flags = Flags(kept)
+    if "speculative-config" in flags:
+        raise ConfigError(
+            f"--config {flags.value('config')} chooses a drafter, so vLLM cannot be measured "
+            "without; name the drafter on the command line instead"
+        )
+    return _launch(model, flags, kept, local_name)
 
 
 def _launch(model: str, flags: Flags, arguments: Sequence[str], local_name: str | None) -> Launch:

@@ -5,6 +5,7 @@ Everything in it follows from rows (`moecascade.rows`); nothing is measured or k
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -231,19 +232,20 @@ def _parts(report: Report) -> list[dict[str, Any]]:
 
 def command(kind: str, arguments: Mapping[str, Any]) -> str:
     """Return the command that measures the same again."""
-    words = [f"moecascade {kind}"]
+    words = ["moecascade", kind]
     for name, value in arguments.items():
         if value in (None, "", []):
             continue
         if name == "flags":
             words += [str(flag) for flag in value]
         elif name == "prompts":
-            words += [f"--prompts {Path(str(source)).name}" for source in value]
+            for source in value:
+                words += ["--prompts", Path(str(source)).name]
         else:
             flag = {"concurrencies": "concurrency"}.get(name, name).replace("_", "-")
             shown = ",".join(str(v) for v in value) if isinstance(value, list) else value
-            words.append(f"--{flag} {shown}")
-    return " ".join(words)
+            words += [f"--{flag}", str(shown)]
+    return shlex.join(words)
 
 
 def markdown(report: Report) -> str:

@@ -128,11 +128,6 @@ class Row:
         """Decode time per token (TPOT), in seconds; needs a second token."""
         return self.decode_seconds / self.decoded
 
-    @property
-    def etr(self) -> float:
-        """Tokens per decode step; needs a step."""
-        return self.emitted / self.steps
-
 
 def from_json(values: Mapping[str, Any]) -> Row:
     """Return the row that JSON gave back as a mapping; TypeError where it is none."""

@@ -333,14 +333,6 @@ def totals(cells: Iterable[Cell]) -> dict[Condition, list[Cell]]:
     return {condition: list(of.values())[-1] for condition, of in by_workload(cells).items()}
 
 
-def cell_of(cells: Iterable[Cell], workload: str, policy: str) -> Cell:
-    """Return the first cell of a workload and a policy; KeyError where there is none."""
-    for cell in cells:
-        if (cell.workload, cell.policy) == (workload, policy):
-            return cell
-    raise KeyError((workload, policy))
-
-
 def best_static(cells: Iterable[Cell]) -> Cell | None:
     """Return the fixed K that was best in hindsight among `cells`, None where there was none.
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from moecascade.errors import ConfigError
 from moecascade.journal import Journal
 from moecascade.plan import Block, Plan, Settings
 from moecascade.rows import AtK, Row, from_json, tally
-from moecascade.summary import Pairs, best_static, cell_of, interval, summarise, units
+from moecascade.summary import Cell, Pairs, best_static, interval, summarise, units
 from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, apart, mix, own, read, workloads
 
 ROW = Row(
@@ -362,6 +363,10 @@ def test_tokens_of_the_first_message_are_not_counted_as_decoded():
     assert made.seconds_per_token == pytest.approx(0.1)
     assert made.gaps[0] == pytest.approx(0.35)
     assert made.text == ""
+
+
+def cell_of(cells: Iterable[Cell], workload: str, policy: str) -> Cell:
+    return next(c for c in cells if (c.workload, c.policy) == (workload, policy))
 
 
 def test_speed_up_compares_the_time_for_equally_many_tokens():

@@ -155,10 +155,42 @@ def ours(planned: launch.Launch, given: list[str]) -> list[str]:
         (["--max-model-len=64"], "--max-model-len"),
         (["--dtype", "float32"], "--dtype"),
         (["--no-enforce-eager"], "--enforce-eager"),
+        (["--async-scheduling"], "--no-async-scheduling"),
+        (["--no-async-scheduling"], "--no-async-scheduling"),
     ],
 )
 def test_the_users_flag_wins_however_it_is_spelt(given: list[str], flag: str):
     assert flag not in ours(launch.plan("model", given, local_name="local"), given)
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        ["--speculative-config", '{"method": "ngram"}'],
+        ['--speculative_config={"method": "ngram"}'],
+        ["--speculative-config.method=ngram", "--speculative-config.num_speculative_tokens", "4"],
+        ["-sc", "{}"],
+        ["-sc={}"],
+        ["--spec-method", "ngram", "--spec-tokens", "4"],
+        ["--speculative-conf", "{}"],
+    ],
+)
+def test_vllm_without_speculation_has_no_drafter_however_it_was_chosen(drafter: list[str]):
+    others = ["--seed", "1", "--enable-prefix-caching", "--max-num-seqs=4"]
+    for given in ([*others, *drafter], [*drafter, *others]):
+        command = list(launch.plain("model", given).command)
+        assert command[-len(others) :] == others
+        assert not [word for word in command if "spec" in word or word in ("-sc", "4", "{}")]
+        assert launch.SCHEDULER not in command
+
+
+def test_a_file_of_flags_that_chooses_a_drafter_is_refused_there(tmp_path: Path):
+    path = tmp_path / "vllm.yaml"
+    path.write_text("seed: 1\nspeculative_config: {method: ngram}\n")
+    with pytest.raises(ConfigError, match="on the command line instead"):
+        launch.plain("model", ["--config", str(path)])
+    path.write_text("seed: 1\n")
+    launch.plain("model", ["--config", str(path)])
 
 
 @pytest.mark.parametrize(

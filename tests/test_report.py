@@ -21,7 +21,8 @@ from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
 from moecascade.findings import findings
 from moecascade.rows import AtK, Row
-from moecascade.summary import condition_of, summarise
+from moecascade.summary import best_static, condition_of, summarise
+from moecascade.workloads import ALL
 from tests.test_bench import ROW
 
 POLICIES = ("off", "vllm", "static:1", "static:3", "static:8", "cascade", "marginal", "bandit")
@@ -168,7 +169,7 @@ def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None
     best = analysis.hindsight(rows)
     assert {c.concurrency for c in best} == {1}
     chosen = analysis.with_hindsight(rows)
-    assert {row.policy for row in chosen} == {"best static K"}
+    assert {row.policy for row in chosen} == {analysis.HINDSIGHT}
     assert len(chosen) == sum(
         row.concurrency == 1 and row.policy in best.values()
         for row in rows
@@ -259,9 +260,41 @@ def test_the_worst_workload_is_the_worst_however_few_its_prompts(rows: list[Row]
     ]
     made = findings([*few, *alone], [*few, *alone], summarise([*few, *alone]), [], [])
     (line,) = [f.ours for f in made if f.what.startswith("cascade: worst workload")]
-    assert line.startswith("50.0% slower (tools")
+    assert line.startswith("100.0% slower (tools")  # it takes twice the time
     assert "too few prompts for an interval" in line
     assert "; with an interval: " in line
+
+
+def test_findings_that_compare_policies_are_of_one_request_at_a_time(rows: list[Row]) -> None:
+    """In a crowd few policies ran, and a block weighs as much as many requests."""
+    alone = [row for row in rows if row.concurrency == 1]
+    crowd = [
+        replace(row, concurrency=4, block=row.policy, block_seconds=60.0)
+        for row in alone
+        if row.policy in ("off", "vllm", "cascade", "static:3")
+    ]
+
+    def said(of: list[Row]) -> dict[str, str]:
+        return {f.what: f.ours for f in findings(of, of, summarise(of), [], [])}
+
+    first, both = said(alone), said([*alone, *crowd])
+    for what in first:
+        assert "at once" in what or both[what] == first[what], what
+    assert "4 at once: " in both["cascade: throughput against no speculation"]
+
+
+def test_the_best_table_is_of_batch_sizes_at_which_there_was_a_choice(rows: list[Row]) -> None:
+    alone = [r for r in rows if (r.concurrency, r.model, r.temperature) == (1, "local", 0)]
+    crowd = [
+        replace(row, concurrency=4, block=row.policy, block_seconds=60.0)
+        for row in alone
+        if row.policy in ("off", "static:3")
+    ]
+    made = findings([*alone, *crowd], [], summarise([*alone, *crowd]), [], [])
+    (line,) = [f.ours for f in made if f.what.startswith("the best table")]
+    best = best_static(c for c in summarise(alone) if c.workload == ALL)
+    assert best is not None
+    assert line == f"local, T = 0: K = {best.policy.removeprefix('static:')}"
 
 
 def test_a_finding_says_when_it_is_within_the_noise(rows: list[Row]) -> None:

@@ -139,6 +139,7 @@ def bench(
         "url": url,
         "flags": list(context.args),
     }
+    asked_for = {**arguments, "minutes": minutes}  # with more time the same run may go on
     if fresh:
         (out / JOURNAL).unlink(missing_ok=True)
     journal = Journal(out / JOURNAL, arguments)
@@ -162,10 +163,10 @@ def bench(
                 about.append(facts[0])
                 served.append(facts[1])
                 if i + 1 < len(names):
-                    _keep(out, arguments, about, served, journal)
+                    _keep(out, asked_for, about, served, journal)
     finally:
         journal.close()
-    _keep(out, arguments, about, served, journal)
+    _keep(out, asked_for, about, served, journal)
     _print(journal)
     screen.print(
         f"Kept: {out / RESULTS}. See it: moecascade report {out}", soft_wrap=True, highlight=False

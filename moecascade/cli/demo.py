@@ -123,6 +123,11 @@ def demo(
     kept = [out / "demo.json"]
     results.write(kept[0], found)
     singles = [cell for cell in cells if cell.workload in (*TASKS, ALL)]
+    if json:
+        print(kept[0].read_text(encoding="utf-8"), end="")
+    else:
+        caption = f"{NOTES} {_caption(found)}."
+        Console().print(table(singles, _title(about["name"]), caption))
     if plot:
         kept.append(out / "demo.png")
         plots.speedups(
@@ -131,11 +136,6 @@ def demo(
             title=_title(about["name"]),
             caption=f"{_caption(found)}; dots: single prompts",
         )
-    if json:
-        print(kept[0].read_text(encoding="utf-8"), end="")
-    else:
-        caption = f"{NOTES} {_caption(found)}."
-        Console().print(table(singles, _title(about["name"]), caption))
     screen.print("Kept: " + ", ".join(str(path) for path in kept), soft_wrap=True)
 
 

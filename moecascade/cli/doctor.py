@@ -18,6 +18,7 @@ from moecascade.errors import CascadeError, SetupError
 from moecascade.vllm import compat
 
 State = Literal["ok", "warning", "problem"]
+LOCAL_MODEL = "local model"
 MARKS: dict[State, str] = {
     "ok": "[green]ok[/green]",
     "warning": "[yellow]warning[/yellow]",
@@ -76,7 +77,8 @@ def doctor(
             f"cannot serve: {', '.join(problems)}; the table says how to mend "
             f"{'it' if len(problems) == 1 else 'them'}"
         )
-    print("This machine can serve. Try it: moecascade demo")
+    local = all(check.state == "ok" for check in checks if check.name == LOCAL_MODEL)
+    print(f"This machine can serve. Try it: moecascade {'demo' if local else 'serve MODEL'}")
 
 
 def examine(*, deep: bool = False) -> list[Check]:
@@ -222,10 +224,14 @@ def _disk() -> Check:
 def _local_model() -> Check:
     built = [name for name in localmodel.names() if localmodel.state(name)]
     if "local" not in built:
+        try:
+            localmodel.check_installed()
+        except SetupError as error:
+            return Check(LOCAL_MODEL, "warning", "not built, and cannot be", str(error))
         return Check(
-            "local model", "ok", "not built yet", "the first demo builds it; or: moecascade model"
+            LOCAL_MODEL, "ok", "not built yet", "the first demo builds it; or: moecascade model"
         )
-    return Check("local model", "ok", f"{', '.join(built)} in {localmodel.cache_folder()}")
+    return Check(LOCAL_MODEL, "ok", f"{', '.join(built)} in {localmodel.cache_folder()}")
 
 
 def _port() -> Check:

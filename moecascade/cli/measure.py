@@ -92,9 +92,8 @@ def serve_and_measure(
             )
         }
         if PLAIN in settings.measured:
-            kept = _without_speculation(flags)
             launches[PLAIN] = launch.plain(
-                folder, [*where, str(server.free_port(HOST)), *kept], local_name=local_name
+                folder, [*where, str(server.free_port(HOST)), *flags], local_name=local_name
             )
         bar = shown.add_task(f"{model}: starting vLLM", total=None)
         for name, one in launches.items():  # one after the other: starting takes all cores
@@ -147,17 +146,3 @@ def _on(shown: Progress, bar: TaskID, model: str, plan: Plan) -> Callable[[str, 
 
 def _chooses_drafter(flags: Sequence[str]) -> bool:
     return "speculative-config" in launch.Flags(flags)
-
-
-def _without_speculation(flags: Sequence[str]) -> list[str]:
-    """Return the flags without the drafter's: for a server that does not speculate."""
-    kept: list[str] = []
-    skip = False
-    for flag in flags:
-        if skip:
-            skip = False
-        elif flag.partition("=")[0].replace("_", "-") in ("--speculative-config", "-sc"):
-            skip = "=" not in flag
-        else:
-            kept.append(flag)
-    return kept

@@ -84,7 +84,7 @@ def ensure(
     place = path_of(name, cache)
     if not force and (place / RECORD).exists():
         return place
-    _check_installed()
+    check_installed()
     from filelock import FileLock
 
     try:
@@ -100,7 +100,8 @@ def ensure(
     return place
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raise SetupError where a package that building needs is not installed."""
     missing = [
         package
         for package, module in (
