@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moecascade.errors import ConfigError
 from moecascade.rows import Row, from_json
@@ -18,15 +20,27 @@ class Journal:
     Args:
         path: The file; created with its folder where it is missing.
         about: What the run measures. A file about something else is refused.
+        fresh: Begin anew, whatever the file is about.
 
     Raises:
-        ConfigError: The file is about another run, or is none of ours.
+        ConfigError: The file is about another run, or is none of ours; or another run writes into
+            this folder now.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any], *, fresh: bool = False) -> None:
         """Read what there is; a last line that was cut short is dropped."""
         self.rows: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = _alone_in(path.parent)
+        try:
+            self._file = self._opened(path, about, fresh)
+        except BaseException:
+            os.close(self._folder)
+            raise
+
+    def _opened(self, path: Path, about: Mapping[str, Any], fresh: bool) -> TextIO:
+        if fresh:
+            path.unlink(missing_ok=True)
         head = json.dumps({"moecascade": "journal", **about})
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -39,7 +53,7 @@ class Journal:
         text = "".join(whole) or head + "\n"
         if text != "".join(lines):
             path.write_text(text, encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        return path.open("a", encoding="utf-8")
 
     @property
     def done(self) -> frozenset[str]:
@@ -53,5 +67,21 @@ class Journal:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, and let others into the folder; twice is as good as once."""
+        if not self._file.closed:
+            self._file.close()
+            os.close(self._folder)
+
+
+def _alone_in(folder: Path) -> int:
+    """Return an open file that keeps other runs out of a folder until it is closed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ConfigError(
+            f"{folder} is in use: another run writes its results there; wait until it has ended, "
+            "or choose another folder with --out"
+        ) from None
+    return handle

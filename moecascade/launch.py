@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ DRAFTER: dict[str, Any] = {
 
 SCHEDULER = "moecascade.vllm.Scheduler"
 MIDDLEWARE = "moecascade.vllm.http.ValidateOptions"
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 ANY_HOST = "0.0.0.0"  # noqa: S104 -- recognised, not bound
 LOCAL_MAX_MODEL_LEN = 4096
 CPU_CACHE_GIB = {True: 2, False: 4}
@@ -191,7 +192,17 @@ def plan(
     if "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
         ours += ["--no-async-scheduling"]
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
-    return _launch(model, flags, [*ours, *arguments], local_name)
+    made = _launch(model, flags, [*ours, *arguments], local_name)
+    return replace(made, environment={**made.environment, **_runner(flags)})
+
+
+def _runner(flags: Flags) -> dict[str, str]:
+    """Return what has vLLM run a drafter in a way that is supported, where the user did not decide.
+
+    See `moecascade.vllm.compat`: with a model drafter it takes vLLM's first model runner.
+    """
+    ngram = drafter_of(flags).get("method") == DRAFTER["method"]
+    return {} if ngram or os.environ.get(RUNNER) else {RUNNER: "0"}
 
 
 def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None = None) -> Launch:

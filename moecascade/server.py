@@ -23,6 +23,9 @@ from typing import IO, Self
 from moecascade.errors import SetupError
 from moecascade.launch import Launch
 
+# What is on this machine is not asked for through a proxy.
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a port of `host` that was free a moment ago."""
@@ -136,7 +139,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.launch.url}/health", timeout=5) as answer:  # noqa: S310 -- our own http address
+            with _DIRECTLY.open(f"{self.launch.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

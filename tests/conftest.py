@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 
 import hypothesis
 import pytest
+
+from moecascade.cli import app
 
 # A slow machine is no failure, and a first call may compile or import.
 hypothesis.settings.register_profile("moecascade", deadline=None)
@@ -34,6 +37,29 @@ MAX_LEN = 512
 KV_BLOCKS = 10  # of 128 tokens: room for eight requests that begin, not for eight of 130 tokens
 
 NGRAM = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+
+
+Answer = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
+    """Return what calls the command line, in this process."""
+
+    def call(*arguments: object) -> Answer:
+        words = ["moecascade", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app.run()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return Answer(words, code or 0, *capsys.readouterr())
+
+    return call
 
 
 @dataclass

@@ -70,6 +70,23 @@ def test_steps_of_others_of_prefill_and_without_a_time_do_no_harm(name: str) -> 
         assert policy.explain("r") is not None
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_the_steps_of_others_teach_nothing(name: str) -> None:
+    """But for `survival-budget`, which learns what steps cost from all of them."""
+    alone, among = create(name, 8), create(name, 8)
+    for policy in (alone, among):
+        policy.add("r", 8)
+    for i in range(120):
+        (k,) = ks(alone, "r")
+        assert ks(among, "r") == [k], i
+        among.observe(Step(0.5, False, (RequestStep("r", 0, 1), RequestStep("new", 0, 0))))
+        if name != "survival-budget":
+            among.observe(Step(0.09, True, (RequestStep("other", 3, 1 + i % 4),)))
+        part = RequestStep("r", k, 1 + min(k, (0, 8, i % 9)[i // 40]))
+        for policy in (alone, among):
+            policy.observe(Step(0.02 * (1 + 0.1 * k), True, (part,)))
+
+
 @pytest.mark.parametrize(
     ("spec", "word"),
     [
@@ -88,6 +105,18 @@ def test_steps_of_others_of_prefill_and_without_a_time_do_no_harm(name: str) -> 
 def test_settings_out_of_range_are_named(spec: str, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         create(spec, 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lookahead_is_never_below_the_next_decision(name: str) -> None:
+    policy = create(name, 8)
+    policy.add("r", 8)
+    for i in range(400):
+        (k,) = ks(policy, "r")
+        promised = policy.lookahead("r")
+        part = RequestStep("r", k, 1 + min(k, (0, 8, i % 9)[i // 40 % 3]))
+        policy.observe(Step(0.02 * (1 + 0.1 * k), True, (part,)))
+        assert ks(policy, "r")[0] <= promised
 
 
 # ---- SGLang --------------------------------------------------------------------------------------
@@ -128,15 +157,26 @@ def test_sglang_leaves_zero_at_the_next_update() -> None:
     assert tier.k == 1
 
 
-def test_sglang_takes_the_candidates_of_the_nearest_batch_size() -> None:
+def test_sglang_takes_the_candidates_of_the_batch_size_that_is_reached() -> None:
     policy = create("sglang-adaptive", 8)
     names = [f"r{i}" for i in range(64)]
     for name in names:
         policy.add(name, 8)
     assert ks(policy, *names[:1]) == [3]
     assert set(ks(policy, *names[:8])) == {3}
-    assert set(ks(policy, *names[:24])) == {1}  # 3 is no candidate at 32: the middle one
+    assert set(ks(policy, *names[:31])) == {3}
+    assert set(ks(policy, *names[:32])) == {1}  # 3 is no candidate at 32: the middle one
+    assert set(ks(policy, *names[:63])) == {1}
     assert set(ks(policy, *names)) == {0}
+
+
+def test_sglang_averages_over_drafts_and_not_over_steps_without_one() -> None:
+    policy = create("sglang-adaptive", 8)
+    policy.add("r", 8)
+    for i in range(60):
+        k = ks(policy, "r")[0] if i % 2 else 0  # the drafter has something every other time
+        policy.observe(Step(0.02, True, (RequestStep("r", k, 1 + k),)))
+    assert ks(policy, "r") == [7]  # whatever is drafted is accepted
 
 
 # ---- vLLM's table --------------------------------------------------------------------------------
@@ -279,6 +319,16 @@ def test_the_bandit_pulls_the_arm_with_the_highest_bound() -> None:
     assert pulls[-100:].count(2) < pulls[:100].count(2)
 
 
+def test_steps_for_which_there_was_no_draft_are_no_pull() -> None:
+    policy = create("bandit", 8)
+    assert isinstance(policy, Bandit)
+    policy.add("r", 8)
+    for _ in range(20):
+        ks(policy, "r")
+        policy.observe(Step(0.02, True, (RequestStep("r", 0, 1),)))
+    assert {arm.pulls for arm in policy._arms} == {0}
+
+
 # ---- survival budget -----------------------------------------------------------------------------
 
 
@@ -294,6 +344,19 @@ def test_the_budget_goes_to_the_request_whose_drafts_survive() -> None:
         parts = (RequestStep("copies", 0, 1), RequestStep("invents", 0, 1))
         policy.observe(Step(0.03, True, parts))
     assert ks(policy, "copies", "invents") == [4, 0]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_budget_comes_back_once_drafts_are_right_again(told: bool) -> None:
+    """Drafts are scored, verified or not, where tokens are told; so K = 0 is no trap."""
+    policy = create("survival-budget", 8)
+    policy.add("r", 8)
+    for i in range(200):
+        (k,) = ks(policy, "r")
+        tokens = [99] if i < 30 else [*DRAFT[: k + 1]]
+        part = RequestStep("r", k, len(tokens), tokens if told else ())
+        policy.observe(Step(0.02 * (1 + 0.2 * k), True, (part,)))
+    assert (ks(policy, "r")[0] > 0) is told
 
 
 def test_the_budget_is_the_one_with_most_tokens_a_second() -> None:

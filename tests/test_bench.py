@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,16 @@ ROW = Row(
     text="...",
 )
 OURS = [prompt for task in TASKS for prompt in own(task)]
+REPLY = Reply(
+    "a b c",
+    9,
+    tokens=10,
+    first_tokens=3,
+    first_seconds=1,
+    decode_seconds=0.7,
+    finish_reason="stop",
+    gaps=(0.3, 0.4),
+)
 
 
 def row(prompt: str, policy: str, tokens: int, seconds: float, **fields: Any) -> Row:
@@ -275,6 +286,49 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path):
         Journal(tmp_path / "rows.jsonl", {"seed": 2})
 
 
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path):
+    first = Journal(tmp_path / "rows.jsonl", {"seed": 1})
+    first.add([ROW])
+    for fresh in (False, True):
+        with pytest.raises(ConfigError, match="in use"):
+            Journal(tmp_path / "rows.jsonl", {"seed": 1}, fresh=fresh)
+    first.close()
+    first.close()
+    again = Journal(tmp_path / "rows.jsonl", {"seed": 1})
+    assert len(again.rows) == 1
+    again.close()
+    anew = Journal(tmp_path / "rows.jsonl", {"seed": 2}, fresh=True)
+    assert anew.rows == []
+    anew.close()
+
+
+@pytest.mark.parametrize(("deadline", "rounds"), [(-1, 1), (45, 1), (150, 3), (None, 12)])
+def test_a_run_ends_after_whole_rounds_and_has_one_at_least(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deadline: float | None, rounds: int
+):
+    """Rounds of five blocks take 50 seconds each on this clock."""
+    now = 0.0
+
+    async def sent(_servers: Any, _model: Any, block: Block, _most: Any) -> Any:
+        nonlocal now
+        now += 10.0
+        return [REPLY] * len(block.requests), 10.0
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(bench, "send", sent)
+    monkeypatch.setattr(bench, "warm_up", nothing)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: now))
+    journal = Journal(tmp_path / "rows.jsonl", {})
+    plan = Plan(mix(OURS, 4), FIVE)
+    bench.measure({"off": "http://x"}, "m", plan, journal, deadline=deadline)
+    asked = Counter(row.prompt for row in journal.rows)
+    assert set(asked.values()) == {5}
+    assert len(asked) == rounds
+    journal.close()
+
+
 def test_rows_come_back_from_json_as_they_were():
     drawn = replace(ROW, series=((3, 2, 0.03, None), (0, 1, 0.02, 1.1)), accepted_at=(1,))
     assert from_json(json.loads(json.dumps(asdict(drawn)))) == drawn
@@ -347,17 +401,7 @@ def test_what_a_policy_expected_stands_beside_what_came():
 
 def test_tokens_of_the_first_message_are_not_counted_as_decoded():
     block = planned(1, Settings(policies=("off",)))[0]
-    reply = Reply(
-        "a b c",
-        9,
-        tokens=10,
-        first_tokens=3,
-        first_seconds=1,
-        decode_seconds=0.7,
-        finish_reason="stop",
-        gaps=(0.3, 0.4),
-    )
-    (made,) = bench.rows_of("local", block, [reply], 1.7, {}, {}, keep_text=False)
+    (made,) = bench.rows_of("local", block, [REPLY], 1.7, {}, {}, keep_text=False)
     assert made.reference is None
     assert made.decoded == 7
     assert made.seconds_per_token == pytest.approx(0.1)

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,25 +17,16 @@ from moecascade.cli.doctor import Check, examine
 from moecascade.cli.record import apart
 from moecascade.errors import ConfigError
 from moecascade.launch import Flags
+from tests.conftest import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = {"VLLM_CPU_KVCACHE_SPACE": ""}
 
 
-def moecascade(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "moecascade", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        check=False,
-        env={**os.environ, "COLUMNS": "120", **CPU, **variables},
-    )
-
-
 def test_the_first_screen_names_what_a_newcomer_needs():
-    answer = moecascade("--help")
+    answer = subprocess.run(
+        [sys.executable, "-m", "moecascade", "--help"], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0
     for line in ("moecascade doctor", "moecascade demo", "moecascade serve MODEL"):
         assert line in answer.stdout
@@ -44,8 +35,8 @@ def test_the_first_screen_names_what_a_newcomer_needs():
 @pytest.mark.parametrize(
     "command", ["serve", "demo", "bench", "record", "replay", "report", "doctor", "model"]
 )
-def test_every_commands_help_has_an_example(command: str):
-    answer = moecascade(command, "--help")
+def test_every_commands_help_has_an_example(cli: Callable[..., Answer], command: str):
+    answer = cli(command, "--help")
     assert answer.returncode == 0
     assert f"  moecascade {command}" in answer.stdout
 
@@ -97,30 +88,30 @@ def folder(tmp_path: Path) -> str:
     ],
 )
 def test_bad_input_is_named_with_its_remedy(
-    tmp_path: Path, folder: str, arguments: str, words: list[str]
+    cli: Callable[..., Answer], tmp_path: Path, folder: str, arguments: str, words: list[str]
 ):
     (tmp_path / "empty").mkdir()
     line = arguments.replace("FOLDER", folder).replace("EMPTY", str(tmp_path / "empty"))
-    answer = moecascade(*shlex.split(line))
+    answer = cli(*shlex.split(line))
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
     for word in words:
         assert word in answer.stderr
 
 
-def test_a_busy_port_is_named(folder: str):
+def test_a_busy_port_is_named(cli: Callable[..., Answer], folder: str):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        answer = moecascade("serve", folder, "--host=127.0.0.1", f"--port={port}")
+        answer = cli("serve", folder, "--host=127.0.0.1", f"--port={port}")
     assert answer.returncode == 2
     assert f"port {port}" in answer.stderr
     assert "--port" in answer.stderr
 
 
-def test_a_dry_run_prints_a_line_that_a_shell_takes(folder: str):
-    answer = moecascade("serve", folder, "--policy", "static:2", "--seed", "1", "--dry-run")
+def test_a_dry_run_prints_a_line_that_a_shell_takes(cli: Callable[..., Answer], folder: str):
+    answer = cli("serve", folder, "--policy", "static:2", "--seed", "1", "--dry-run")
     assert answer.returncode == 0
     words = shlex.split(answer.stdout)
     assert words[-2:] == ["--seed", "1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -107,6 +108,80 @@ def test_the_models_experts_are_read_or_left_open(config: Any, facts: dict[str, 
     model = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
     found: Any = SimpleNamespace(model_config=model)
     assert compat.model_facts(found) == facts
+
+
+def filled_up(text: list[int], longest: int) -> tuple[list[int], list[int]]:
+    """Return what vLLM's second n-gram drafter finds, and the draft that it makes of it.
+
+    The latest of the longest matches of the last two to four tokens; filled with the last token.
+    """
+    found: list[int] = []
+    for n in range(4, 1, -1):
+        ends = [i for i in range(n, len(text)) if text[i - n : i] == text[-n:]]
+        if ends and len(text) > n:
+            found = text[ends[-1] : ends[-1] + longest]
+            break
+    return found, found + [text[-1]] * (longest - len(found))
+
+
+def test_what_a_draft_was_filled_up_with_is_told_from_what_was_found() -> None:
+    rng = random.Random(0)
+    cut = whole = nothing = 0
+    for _ in range(3000):
+        text = [rng.randrange(rng.choice((3, 30))) for _ in range(rng.randrange(2, 40))]
+        if rng.random() < 0.5:  # repeats itself, with a period shorter than the draft
+            text += text[-rng.randrange(1, 6) :] * rng.randrange(1, 4)
+        found, draft = filled_up(text, 8)
+        kept = compat.without_fill(draft, text)
+        assert kept == draft[: len(kept)]
+        alike = set(draft) == {text[-1]}
+        if alike and text[-2] != text[-1]:
+            assert kept == []  # no match, but for a run of eight alike somewhere
+        elif not alike:
+            # A token that was found may look like a fill where the text ends alike; none is added.
+            assert len(kept) <= max(len(found), 1)
+            assert [t for t in found if t != text[-1]] == [t for t in kept if t != text[-1]]
+        cut += 0 < len(kept) < 8
+        whole += len(kept) == 8
+        nothing += not kept
+    assert min(cut, whole, nothing) > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"draft_sample_method": "probabilistic"}, ["'probabilistic'", '"greedy"']),
+        ({"executor": "external_launcher", "world": 2}, ["external_launcher", "'mp'"]),
+        ({"second": True, "method": "draft_model"}, ["passes", "VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"second": True, "hybrid": True}, ["Mamba", "VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"second": True}, []),
+        ({"executor": "external_launcher", "world": 1}, []),
+        ({"method": "draft_model", "hybrid": True}, []),
+    ],
+)
+def test_what_a_gpu_brings_is_refused_where_it_cannot_be_served(
+    change: dict[str, Any], words: list[str]
+) -> None:
+    config: Any = SimpleNamespace(
+        use_v2_model_runner=change.get("second", False),
+        speculative_config=SimpleNamespace(
+            method=change.get("method", "ngram"),
+            draft_sample_method=change.get("draft_sample_method", "greedy"),
+        ),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
+        model_config=SimpleNamespace(is_hybrid=change.get("hybrid", False)),
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=change.get("executor", "mp"),
+            world_size=change.get("world", 1),
+        ),
+    )
+    if not words:
+        compat.check_supported(config)
+        return
+    with pytest.raises(ConfigError) as error:
+        compat.check_supported(config)
+    for word in words:
+        assert word in str(error.value)
 
 
 @pytest.mark.engine

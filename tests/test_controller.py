@@ -117,6 +117,15 @@ def test_a_policy_that_raises_costs_only_its_own_requests_their_drafts(
     assert len(c) == 0
 
 
+def test_a_request_ends_whatever_its_policy_does(faulty: type[Faulty]) -> None:
+    c, faults = controller()
+    c.add("bad", RequestOptions(policy="faulty"))
+    faulty.fail_in = "drop"
+    c.drop("bad")
+    assert faults == ["faulty"]
+    assert len(c) == 0
+
+
 @pytest.mark.parametrize("k", [-1, 9])
 def test_a_decision_out_of_range_is_a_fault(faulty: type[Faulty], k: int) -> None:
     faulty.k = k

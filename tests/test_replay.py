@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from moecascade.errors import ConfigError
 from moecascade.replay import MIXTRAL_LIKE, Conditions, play, summarise
 from moecascade.steps import RequestStep, Step
 from moecascade.traces import Trace
+from tests.conftest import Answer
 
 FREE = [1.0] * 9
 
@@ -135,14 +134,11 @@ def write(path: Path, trace: list[Trace]) -> Path:
     return path
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "moecascade", "replay", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
-
-
-def test_the_command_prints_json_of_the_documented_form(tmp_path: Path) -> None:
+def test_the_command_prints_json_of_the_documented_form(
+    cli: Callable[..., Answer], tmp_path: Path
+) -> None:
     path = write(tmp_path / "t.jsonl", [copies(1), invents(2)])
-    done = command(path, "--policies", "off,static:8,oracle", "--noise", "0", "--json")
+    done = cli("replay", path, "--policies", "off,static:8,oracle", "--noise", "0", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["requests"], found["tokens"]) == (2, 400)
@@ -151,7 +147,7 @@ def test_the_command_prints_json_of_the_documented_form(tmp_path: Path) -> None:
     assert off["by_task"] == {"copy": 1.0, "invent": 1.0}
     assert (off["speedup"], off["etr"], off["mean_k"], off["off_share"]) == (1.0, 1.0, 0.0, 1.0)
     assert found["policies"]["static:8"]["worst_request"] < 1
-    table = command(path, "--policies", "static:8")
+    table = cli("replay", path, "--policies", "static:8")
     assert "static:8" in table.stdout
     assert "speed-up" in table.stdout
 
@@ -168,12 +164,12 @@ def test_the_command_prints_json_of_the_documented_form(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_ends_with_exit_code_2(
-    tmp_path: Path, arguments: list[str], words: list[str]
+    cli: Callable[..., Answer], tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
     path = write(tmp_path / "t.jsonl", [copies(1)])
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": "x"}\n')
-    done = command(*(a.format(path=path, broken=broken) for a in arguments))
+    done = cli("replay", *(a.format(path=path, broken=broken) for a in arguments))
     assert done.returncode == 2
     for word in words:
         assert word in done.stderr

@@ -168,6 +168,15 @@ def test_a_short_runs_ratio_has_an_interval_all_the_same(rows: list[Row]) -> Non
 def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None:
     best = analysis.hindsight(rows)
     assert {c.concurrency for c in best} == {1}
+    for condition, spec in best.items():
+        speed = {
+            cell.policy: cell.speedup or 0.0
+            for cell in summarise(rows)
+            if (cell.condition, cell.workload) == (condition, ALL)
+            and cell.policy.startswith("static:")
+        }
+        assert len(speed) == 3
+        assert spec == max(speed, key=speed.__getitem__)
     chosen = analysis.with_hindsight(rows)
     assert {row.policy for row in chosen} == {analysis.HINDSIGHT}
     assert len(chosen) == sum(

@@ -140,9 +140,7 @@ def bench(
         "flags": list(context.args),
     }
     asked_for = {**arguments, "minutes": minutes}  # with more time the same run may go on
-    if fresh:
-        (out / JOURNAL).unlink(missing_ok=True)
-    journal = Journal(out / JOURNAL, arguments)
+    journal = Journal(out / JOURNAL, arguments, fresh=fresh)
     if journal.rows:
         screen.print(f"Going on after {len(journal.rows)} requests in {out / JOURNAL}.")
     about, served = [], []

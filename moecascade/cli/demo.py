@@ -101,8 +101,7 @@ def demo(
         "seed": settings.seed,
     }
     rows_file = out / "demo.rows.jsonl"
-    rows_file.unlink(missing_ok=True)
-    journal = Journal(rows_file, arguments)
+    journal = Journal(rows_file, arguments, fresh=True)
     try:
         with measure.progress(screen) as shown:
             about, served = measure.serve_and_measure(
@@ -110,7 +109,7 @@ def demo(
             )
     finally:
         journal.close()
-        rows_file.unlink()
+        rows_file.unlink(missing_ok=True)
     cells = summarise(luck.evened(journal.rows))
     found = results.collect(
         "demo",

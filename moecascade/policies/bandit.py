@@ -6,7 +6,8 @@ plus ``sqrt(6 ln t / n)`` for n pulls of it in t steps. One K for the batch.
 
 Departures: the unit of throughput decides how much is explored, and the paper's code leaves it
 open; here it is tokens per request and baseline step, with the shortest mean time of an arm as
-baseline. State goes on from request to request, as in a server there is no first one.
+baseline. State goes on from request to request, as in a server there is no first one. Where the
+drafter had nothing for any request no arm was pulled.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Bandit(OneForAll):
     def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
         """Reward the arm that was pulled."""
         arm = next((arm for arm in self._arms if arm.k == self._k), None)
-        if arm is not None and seconds:
+        if arm is not None and seconds and (not arm.k or any(part.drafted for part in parts)):
             arm.pulls += 1
             arm.tokens += sum(part.emitted for part in parts) / len(parts)
             arm.seconds += seconds

@@ -1,13 +1,15 @@
 """Policy `sglang-adaptive`: steps by a moving average of the accept length, as SGLang does it.
 
 Source: SGLang, adaptive speculative decoding (documentation page of that name, and its defaults of
-2026). Each batch size, the nearest of 1, 8, 32, 64, has its candidate step counts; an exponential
-average of the drafts accepted per request moves between them, every five steps, after ten of
-warm-up: down while the average is at or below the lower candidate - 0.5 + hysteresis, else up while
-it is above the present one - 0.5. From K = 0 it goes back up at the next update.
+2026). Each batch size has candidate step counts, those of the largest of 1, 8, 32, 64 that it
+reaches; an exponential average of the drafts accepted per request moves between them, every five
+steps, after ten of warm-up: down while the average is at or below the lower candidate - 0.5 +
+hysteresis, else up while it is above the present one - 0.5. From K = 0 it goes back up at the next
+update.
 
-Departure: SGLang drafts with EAGLE, which always drafts as much as it is asked for. Here a step in
-which a drafter had nothing counts as one that accepted nothing.
+Departures: SGLang drafts with EAGLE, which always drafts as much as it is asked for; here requests
+for which the drafter had nothing are left out, and so are steps without any draft. SGLang looks a
+batch size up after rounding it up to the next CUDA graph's.
 """
 
 from __future__ import annotations
@@ -131,9 +133,10 @@ class SglangAdaptive(OneForAll):
 
     def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
         """Update the tier that the step ran under."""
-        accepted = sum(min(part.emitted - 1, part.drafted) for part in parts) / len(parts)
-        self._tier(len(parts)).update(max(0.0, accepted))
+        tier = self._tier(len(parts))
+        accepted = [min(part.emitted - 1, part.drafted) for part in parts if part.drafted]
+        if accepted or not tier.k:
+            tier.update(max(0.0, sum(accepted) / max(1, len(accepted))))
 
     def _tier(self, requests: int) -> Tier:
-        nearest = min(self._tiers, key=lambda size: (abs(size - requests), size))
-        return self._tiers[nearest]
+        return self._tiers[max(size for size in self._tiers if size <= max(1, requests))]

@@ -55,8 +55,8 @@ class OneForAll(ABC):
             self.learn(mine, step.seconds)
 
     def lookahead(self, request_id: str) -> int:
-        """Return K and one more, as it may have risen by then."""
-        return min(self._k + 1, self._cap[request_id])
+        """Return the most there can be: these rules may jump from one step to the next."""
+        return self._cap[request_id]
 
     def explain(self, request_id: str) -> Mapping[str, Any]:
         """Return the batch's K."""

@@ -5,8 +5,8 @@ probability from the drafter's confidence; the best ones are verified, as many a
 tokens over step time highest, with step times from a profile taken at start-up.
 
 Departures: n-gram drafts have no confidence, so a position's survival is the share of the request's
-own recent drafts that survived so far, with that of all requests as prior. The profile is
-`moecascade.costmodel`, learnt while serving.
+own recent drafts that survived so far, verified or not, as far as tokens came to compare them with;
+that of all requests is the prior. The profile is `moecascade.costmodel`, learnt while serving.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class _Counts:
     accepted: list[float]
     compared: list[float]
 
-    def add(self, part: RequestStep, keep: float) -> None:
-        right = min(part.emitted - 1, part.drafted)
-        for place in range(min(right + 1, part.drafted)):
+    def add(self, right: int, known: int, keep: float) -> None:
+        """Count a draft of whose first `known` tokens it is known that `right` were right."""
+        for place in range(min(right + 1, known)):
             self.accepted[place] = keep * self.accepted[place] + (place < right)
             self.compared[place] = keep * self.compared[place] + 1.0
 
@@ -71,6 +71,7 @@ class _Request:
     cap: int
     counts: _Counts
     k: int = 0
+    draft: Sequence[int] = ()
     survival: list[float] = field(default_factory=list)
 
 
@@ -108,7 +109,7 @@ class SurvivalBudget:
         slots: list[tuple[float, _Request]] = []
         for proposal in proposals:
             r = self._requests[proposal.request_id]
-            r.k, r.survival = 0, self._survival(r)
+            r.k, r.draft, r.survival = 0, proposal.tokens, self._survival(r)
             length = min(len(proposal.tokens), r.cap)
             slots += [(chance, r) for chance in r.survival[:length]]
         slots.sort(key=lambda slot: -slot[0])
@@ -125,21 +126,21 @@ class SurvivalBudget:
         ]
 
     def observe(self, step: Step) -> None:
-        """Learn times from decode steps, survival from drafts that were verified."""
+        """Learn times from decode steps, survival from drafts."""
         if step.decode and step.seconds is not None:
             drafted = sum(part.drafted for part in step.requests)
             self._costs.observe(len(step.requests) + drafted, step.seconds)
         for part in step.requests:
             r = self._requests.get(part.request_id)
-            if r is not None and part.drafted:
-                r.counts.add(part, self._keep)
-                if self._all is not None:
-                    self._all.add(part, 0.99)
+            if r is not None and self._all is not None:
+                right, known = _survived(r.draft, part)
+                r.draft = ()
+                r.counts.add(right, known, self._keep)
+                self._all.add(right, known, 0.99)
 
     def lookahead(self, request_id: str) -> int:
-        """Return K and one more."""
-        r = self._requests[request_id]
-        return min(r.k + 1, r.cap)
+        """Return the most there can be: the budget may have moved here by then."""
+        return self._requests[request_id].cap
 
     def explain(self, request_id: str) -> Mapping[str, Any]:
         """Return K and the survival of each position."""
@@ -157,3 +158,17 @@ class SurvivalBudget:
             )
             survival.append(chance)
         return survival
+
+
+def _survived(draft: Sequence[int], part: RequestStep) -> tuple[int, int]:
+    """Return how many tokens of a draft were right, and of how many of them that is known.
+
+    Where the engine does not tell tokens, that is known of verified drafts alone.
+    """
+    if not part.tokens:
+        return min(part.emitted - 1, part.drafted), part.drafted
+    known = min(len(draft), len(part.tokens))
+    right = 0
+    while right < known and draft[right] == part.tokens[right]:
+        right += 1
+    return right, known

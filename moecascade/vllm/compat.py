@@ -100,19 +100,20 @@ def model_facts(config: VllmConfig) -> dict[str, int]:
     return {"experts": experts, "top_k": top_k}
 
 
-def runs_model(config: VllmConfig) -> bool:
-    """Return whether the drafter is a model."""
+def drafts_cost(config: VllmConfig) -> bool:
+    """Return whether the drafter runs a model, so that drafting less saves time."""
     assert config.speculative_config is not None
     return config.speculative_config.method in MODEL_DRAFTERS
 
 
-def drafts_cost(config: VllmConfig) -> bool:
-    """Return whether the drafter runs a model as often as it is told, so that less saves time.
+def fills_up(config: VllmConfig) -> bool:
+    """Return whether the drafter fills drafts up with the text's last token: see `without_fill`."""
+    return second_runner(config) and not drafts_cost(config)
 
-    With vLLM's second model runner, which GPUs have by default, a draft model always drafts as far
-    as it can (0.32: `StandaloneARSpeculator.propose`).
-    """
-    return runs_model(config) and not getattr(config, "use_v2_model_runner", False)
+
+def second_runner(config: VllmConfig) -> bool:
+    """Return whether vLLM runs the model by its second runner, which GPUs have by default."""
+    return bool(getattr(config, "use_v2_model_runner", False))
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -140,6 +141,19 @@ def check_supported(config: VllmConfig) -> None:
             "moecascade does not support asynchronous scheduling yet: it drafts before the last "
             "step is known; add --no-async-scheduling"
         )
+    if getattr(speculative, "draft_sample_method", "greedy") != "greedy":
+        raise ConfigError(
+            f"draft_sample_method {speculative.draft_sample_method!r} is not supported: K would be "
+            "chosen by looking at sampled drafts, which changes what is accepted and so the text; "
+            'use "greedy", vLLM\'s default'
+        )
+    if second_runner(config):
+        _check_second_runner(config)
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        raise ConfigError(
+            "distributed_executor_backend='external_launcher' runs a scheduler on every rank; K "
+            "follows measured times, so they would come to differ; use 'mp'"
+        )
     for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size > 1:
@@ -147,6 +161,23 @@ def check_supported(config: VllmConfig) -> None:
                 f"{name}={size} is not supported by moecascade yet, because it keeps several "
                 f"batches or schedulers in flight; use 1"
             )
+
+
+def _check_second_runner(config: VllmConfig) -> None:
+    """Raise ConfigError for what vLLM's second model runner does otherwise than we need.
+
+    Read in the source of 0.32, not run: that takes a GPU.
+    """
+    reason = ""
+    if drafts_cost(config):  # `StandaloneARSpeculator.propose`
+        reason = "there a draft model always makes all of its passes, so a small K saves little"
+    elif config.model_config.is_hybrid:  # the order of a batch, and `mamba_attn`
+        reason = "there Mamba layers may read the wrong state for requests without drafts"
+    if reason:
+        raise ConfigError(
+            f"vLLM's second model runner is not supported here: {reason}; start vLLM with "
+            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
+        )
 
 
 def extra_args(request: Request) -> Mapping[str, Any] | None:
@@ -214,6 +245,28 @@ def ask_for_drafts(output: SchedulerOutput) -> None:
 def told(draft: Sequence[int]) -> bool:
     """Return whether a draft holds tokens, not what stands for tokens that are not told."""
     return draft[0] >= 0
+
+
+def without_fill(draft: list[int], text: Sequence[int]) -> list[int]:
+    """Return what the drafter found of a draft that it filled up.
+
+    The n-gram drafter of vLLM's second model runner makes all drafts equally long, with copies of
+    the text's last token where it found no match, or where the match ran into the text's end (0.32:
+    `NgramGPUSpeculator`). What it found is then the text's own ending.
+
+    Args:
+        draft: Its tokens.
+        text: The request's tokens, prompt and output, at least one.
+    """
+    last, found = text[-1], len(draft)
+    while found and draft[found - 1] == last:
+        found -= 1
+    if not found:  # all alike: a match only where the text ends alike, as in a run of blanks
+        return draft if text[-2:-1] == [last] else []
+    for length in range(found + 1, len(draft)):
+        if draft[:length] == text[len(text) - length :]:
+            return draft[:length]
+    return draft
 
 
 def drafted_nothing(proposed: DraftTokenIds) -> bool:

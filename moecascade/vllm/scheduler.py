@@ -49,8 +49,8 @@ class Scheduler(VllmScheduler):
         compat.check_hooks(VllmScheduler)
         compat.check_supported(config)
         self._max_k = compat.max_k(config)
-        self._runs_model = compat.runs_model(config)
         self._drafts_cost = compat.drafts_cost(config)
+        self._fills_up = compat.fills_up(config)
         self._draftless = False  # whether the drafter did not run at the end of the last step
         facts = compat.model_facts(config)
         self._options = server_options(config.additional_config, self._max_k, facts)
@@ -201,13 +201,13 @@ class Scheduler(VllmScheduler):
                 self._trace_log.flush()
 
     def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
-        if self._runs_model and any(proposed.draft_token_ids):
+        if self._drafts_cost and any(proposed.draft_token_ids):
             self._draftless = compat.drafted_nothing(proposed)
         proposals = []
         for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True):
             request = self.requests.get(request_id)
             if request is not None and not request.is_prefill_chunk and not request.is_finished():
-                proposals.append(Proposal(request_id, self._usable(tokens)))
+                proposals.append(Proposal(request_id, self._usable(tokens, request)))
         decided = self.controller.decide(proposals)
         self._decisions.update(decided)
         drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
@@ -216,13 +216,15 @@ class Scheduler(VllmScheduler):
                 drafts[proposal.request_id] = list(proposal.tokens[: decision.k])
         return compat.with_drafts(proposed, list(drafts.values()))
 
-    def _usable(self, draft: list[int]) -> list[int]:
+    def _usable(self, draft: list[int], request: Request) -> list[int]:
         """Return a draft, empty where it holds nothing that the drafter thought of."""
         if self._draftless:
             return []
         if draft and not compat.told(draft):
             self._report("drafts", "vLLM's worker does not tell them, so none is verified")
             return []
+        if draft and self._fills_up:
+            return compat.without_fill(draft, request.all_token_ids)
         return draft
 
     # ---- faults ----------------------------------------------------------------------------------
