@@ -105,15 +105,16 @@ def mix(prompts: Iterable[Prompt], per_task: int | None = None) -> list[Prompt]:
 
 
 def apart(prompts: Sequence[Prompt], per_task: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the last prompts of each task, and what is left without them and their repetitions.
+    """Return the last prompts of each task, mixed, and those that are left, as they came.
+
+    To be done before `mix` repeats any, so that nothing is asked that is in both.
 
     Raises:
         ConfigError: A task would have none left.
     """
-    first = [prompt for prompt in prompts if REPEATED not in prompt.id]
     taken: list[Prompt] = []
     for task in dict.fromkeys(prompt.task for prompt in prompts):
-        of_task = [prompt for prompt in first if prompt.task == task]
+        of_task = [prompt for prompt in prompts if prompt.task == task]
         if len(of_task) <= per_task:
             raise ConfigError(
                 f"{per_task} prompts to warm up with leave none of the {len(of_task)} of task "
@@ -121,8 +122,7 @@ def apart(prompts: Sequence[Prompt], per_task: int) -> tuple[list[Prompt], list[
             )
         taken += of_task[len(of_task) - per_task :]
     names = {prompt.id for prompt in taken}
-    left = [prompt for prompt in prompts if prompt.id.partition(REPEATED)[0] not in names]
-    return mix(taken), left
+    return mix(taken), [prompt for prompt in prompts if prompt.id not in names]
 
 
 def _repeated(prompts: Sequence[Prompt], number: int) -> list[Prompt]:

@@ -152,14 +152,16 @@ def test_a_missing_prompt_file_is_named():
 
 
 def test_prompts_to_warm_up_with_are_not_measured_nor_are_their_repetitions():
-    asked = mix(OURS[:20], 20)  # 16 of one task, 4 of another, repeated
-    warm, left = apart(asked, 3)
+    given = OURS[:20]  # 16 of one task, 4 of another
+    warm, left = apart(given, 3)
     assert [p.task for p in warm] == [OURS[0].task, OURS[16].task] * 3
-    assert {p.id.partition(REPEATED)[0] for p in left} == {p.id for p in OURS[:13]} | {OURS[16].id}
-    assert not {p.id for p in warm} & {p.id.partition(REPEATED)[0] for p in left}
-    assert apart(asked, 0) == ([], asked)
+    assert {p.id for p in left} == {p.id for p in OURS[:13]} | {OURS[16].id}
+    asked = mix(left, 20)
+    assert not {p.id for p in warm} & {p.id.partition(REPEATED)[0] for p in asked}
+    assert [p.task for p in asked] == [OURS[0].task, OURS[16].task] * 20  # shares are equal
+    assert apart(given, 0) == ([], given)
     with pytest.raises(ConfigError, match="at most 3"):
-        apart(asked, 4)
+        apart(given, 4)
 
 
 @pytest.mark.parametrize("number", [0, -1])

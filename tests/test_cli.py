@@ -14,7 +14,7 @@ import pytest
 
 from moecascade import launch, machine
 from moecascade.cli.doctor import Check, examine
-from moecascade.cli.record import apart
+from moecascade.cli.record import files_and_flags
 from moecascade.errors import ConfigError
 from moecascade.launch import Flags
 from tests.conftest import Answer
@@ -343,8 +343,8 @@ def test_doctor_loads_the_plugin_in_vllm():
 
 
 def test_flags_of_vllm_may_follow_prompt_files() -> None:
-    files, flags = apart(["a.jsonl", "b.jsonl", "--dtype", "float32", "-tp", "2"])
+    files, flags = files_and_flags(["a.jsonl", "b.jsonl", "--dtype", "float32", "-tp", "2"])
     assert files == ["a.jsonl", "b.jsonl"]
     assert flags == ["--dtype", "float32", "-tp", "2"]
-    assert apart(["--dtype", "float32"]) == ([], ["--dtype", "float32"])
-    assert apart([]) == ([], [])
+    assert files_and_flags(["--dtype", "float32"]) == ([], ["--dtype", "float32"])
+    assert files_and_flags([]) == ([], [])

@@ -111,9 +111,8 @@ def bench(
         max_tokens=max_tokens,
         seed=seed,
     )
-    asked = workloads.mix(workloads.read(prompts or []), prompts_per_task)
-    warm, asked = workloads.apart(asked, warm_up)
-    plan = Plan(asked, settings, warm)
+    warm, left = workloads.apart(workloads.read(prompts or []), warm_up)
+    plan = Plan(workloads.mix(left, prompts_per_task), settings, warm)
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models {models!r}: name at least one, and each only once")

@@ -69,7 +69,7 @@ def record(
         seed=seed,
     )
     policies.create(policy, settings.max_k)
-    files, flags = apart(prompts or [])
+    files, flags = files_and_flags(prompts or [])
     asked = workloads.mix(workloads.read(files), prompts_per_task)
     compat.check_version()
     measure.make_folder(out.parent)
@@ -110,7 +110,7 @@ def record(
     print(f"Recorded {len(lines)} requests in {out}. Replay them: moecascade replay {out}")
 
 
-def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the prompt files, and vLLM's flags, which may follow them."""
     files = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     return files, list(arguments[len(files) :])
