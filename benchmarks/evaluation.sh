@@ -39,7 +39,7 @@ case ${1:-} in
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 6
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
       --temperatures 0.8 --max-tokens 192 --minutes 11 --speculative-config "$SELDOM"
-    part crowd --models local --policies vllm,off,static:3,cascade,marginal,dynamic-table \
+    part crowd --models local --policies off,static:1,static:3,cascade,marginal,dynamic-table \
       --concurrency 4,8 --max-tokens 96 --minutes 8
     ;;
   *)

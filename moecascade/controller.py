@@ -2,7 +2,7 @@
 
 Requests under the same spec share one policy object, so what it learns serves all of them. A policy
 that raises costs its own requests their speculation and nothing else: they go on at K = 0, the
-fault is counted and reported, the other policies do not notice.
+fault is reported, the other policies do not notice.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Controller:
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)
         if group is None:
-            self._make_room()
+            if spec != self._options.policy:
+                self._make_room()
             settings = self.settings_of(policies.parse(spec)[0])
             group = _Group(spec, policies.create(spec, self._max_k, settings), set())
             self._groups[spec] = group

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 from moecascade.errors import ConfigError
 from moecascade.rows import Row, from_json
 
+LOCK = ".in-use"
+
 
 class Journal:
     """The rows of a run as they come, one JSON object a line, so that it can be interrupted.
@@ -75,13 +77,15 @@ class Journal:
 
 def _alone_in(folder: Path) -> int:
     """Return an open file that keeps other runs out of a folder until it is closed."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         raise ConfigError(
             f"{folder} is in use: another run writes its results there; wait until it has ended, "
             "or choose another folder with --out"
         ) from None
+    except OSError:  # a file system without locks: then it is up to the user
+        pass
     return handle

@@ -189,20 +189,22 @@ def plan(
             )
     else:
         ours += ["--speculative-config", _json(_drafter(max_k))]
-    if "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
+    is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
+    if is_ours and "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
         ours += ["--no-async-scheduling"]
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
     made = _launch(model, flags, [*ours, *arguments], local_name)
-    return replace(made, environment={**made.environment, **_runner(flags)})
+    return _with_runner(made, flags) if is_ours else made
 
 
-def _runner(flags: Flags) -> dict[str, str]:
-    """Return what has vLLM run a drafter in a way that is supported, where the user did not decide.
+def _with_runner(launch: Launch, flags: Flags) -> Launch:
+    """Have vLLM run the drafter in a way that is supported, where the user did not decide.
 
     See `moecascade.vllm.compat`: with a model drafter it takes vLLM's first model runner.
     """
-    ngram = drafter_of(flags).get("method") == DRAFTER["method"]
-    return {} if ngram or os.environ.get(RUNNER) else {RUNNER: "0"}
+    if drafter_of(flags).get("method") == DRAFTER["method"] or os.environ.get(RUNNER):
+        return launch
+    return replace(launch, environment={**launch.environment, RUNNER: "0"})
 
 
 def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None = None) -> Launch:
@@ -233,7 +235,7 @@ def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None =
             f"--config {flags.value('config')} chooses a drafter, so vLLM cannot be measured "
             "without; name the drafter on the command line instead"
         )
-    return _launch(model, flags, kept, local_name)
+    return _with_runner(_launch(model, flags, kept, local_name), Flags(arguments))
 
 
 def _launch(model: str, flags: Flags, arguments: Sequence[str], local_name: str | None) -> Launch:

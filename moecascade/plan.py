@@ -127,11 +127,13 @@ class Plan:
         prompts: What is asked, tasks in turn.
         settings: Under which policies and conditions.
         warm: Prompts that policies learn from before anything is measured.
+        part: Which it is of the plans for several models.
     """
 
     prompts: Sequence[Prompt]
     settings: Settings
     warm: Sequence[Prompt] = ()
+    part: int = 0
 
     def turned(self, part: int, parts: int) -> Plan:
         """Return the plan for one of several models, each beginning at prompts of its own.
@@ -140,7 +142,7 @@ class Plan:
         places where the conditions of another do.
         """
         prompts = turned(self.prompts, part, parts * self.settings.conditions)
-        return replace(self, prompts=prompts)
+        return replace(self, prompts=prompts, part=part)
 
     def rounds(self, model: str) -> list[list[Block]]:
         """Return the rounds in the order of sending, each a list of blocks.
@@ -150,7 +152,8 @@ class Plan:
         Raises:
             ConfigError: There are fewer prompts than requests in flight.
         """
-        what = json.dumps([ORDER, model, asdict(self.settings), [asdict(p) for p in self.prompts]])
+        asked = [asdict(prompt) for prompt in self.prompts]
+        what = json.dumps([ORDER, model, self.part, asdict(self.settings), asked])
         run = hashlib.sha256(what.encode()).hexdigest()[:8]
         names = (f"mc-{run}-{number:05d}" for number in count())
         conditions = list(product(self.settings.temperatures, self.settings.concurrencies))

@@ -223,8 +223,22 @@ def test_a_policy_is_checked_against_the_users_own_drafter():
 
 
 def test_where_the_user_replaces_the_scheduler_nothing_of_ours_is_added():
-    added = ours(launch.plan("model", ["--scheduler-cls", "a.B"]), ["--scheduler-cls", "a.B"])
-    assert not {"--scheduler-cls", "--additional-config", "--middleware"} & set(added)
+    given = ["--scheduler-cls", "a.B", "--spec-method", "dspark"]
+    planned = launch.plan("model", given)
+    flags = {"--scheduler-cls", "--additional-config", "--middleware", "--no-async-scheduling"}
+    assert not flags & set(ours(planned, given))
+    assert launch.RUNNER not in planned.environment
+
+
+def test_model_drafters_run_by_the_runner_that_is_supported(monkeypatch: pytest.MonkeyPatch):
+    """And so does vLLM without one, where it is measured beside."""
+    drafter = ["-sc", '{"method": "draft_model", "model": "m", "num_speculative_tokens": 3}']
+    for plan in (launch.plan, launch.plain):
+        assert plan("model", drafter).environment[launch.RUNNER] == "0"
+        assert launch.RUNNER not in plan("model").environment
+        with monkeypatch.context() as patch:
+            patch.setenv(launch.RUNNER, "1")
+            assert launch.RUNNER not in plan("model", drafter).environment
 
 
 def test_the_last_of_several_values_counts():

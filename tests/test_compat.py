@@ -154,6 +154,7 @@ def test_what_a_draft_was_filled_up_with_is_told_from_what_was_found() -> None:
         ({"executor": "external_launcher", "world": 2}, ["external_launcher", "'mp'"]),
         ({"second": True, "method": "draft_model"}, ["passes", "VLLM_USE_V2_MODEL_RUNNER=0"]),
         ({"second": True, "hybrid": True}, ["Mamba", "VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"second": True, "mamba": True}, ["Mamba", "VLLM_USE_V2_MODEL_RUNNER=0"]),
         ({"second": True}, []),
         ({"executor": "external_launcher", "world": 1}, []),
         ({"method": "draft_model", "hybrid": True}, []),
@@ -169,7 +170,9 @@ def test_what_a_gpu_brings_is_refused_where_it_cannot_be_served(
             draft_sample_method=change.get("draft_sample_method", "greedy"),
         ),
         scheduler_config=SimpleNamespace(async_scheduling=False),
-        model_config=SimpleNamespace(is_hybrid=change.get("hybrid", False)),
+        model_config=SimpleNamespace(
+            is_hybrid=change.get("hybrid", False), is_attention_free=change.get("mamba", False)
+        ),
         parallel_config=SimpleNamespace(
             distributed_executor_backend=change.get("executor", "mp"),
             world_size=change.get("world", 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -91,12 +92,28 @@ def test_a_body_in_pieces_is_read_whole_and_passed_whole(client: TestClient) -> 
     assert client.post("/v1/completions", content=pieces(bad), headers=JSON).status_code == 400
 
 
-def test_what_is_no_json_is_passed_on_without_waiting_for_the_whole_of_it(
-    client: TestClient,
-) -> None:
-    body = b'{"vllm_xargs": {"cascade_policy": "no-such"}}'  # bytes of a picture, for all we know
-    answer = client.post("/v1/completions", content=body, headers={"content-type": "audio/wav"})
-    assert answer.content == body
+def test_json_is_known_however_it_is_written(client: TestClient) -> None:
+    body = b'{"vllm_xargs": {"cascade_policy": "no-such"}}'
+    for kind in ("Application/JSON", "application/vnd.api+json"):
+        answer = client.post("/v1/completions", content=body, headers={"content-type": kind})
+        assert answer.status_code == 400
+
+
+def test_what_is_no_json_is_passed_on_without_waiting_for_any_of_it() -> None:
+    began: list[str] = []
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+        began.append("the application")
+
+    async def receive() -> Any:
+        raise AssertionError(f"{began or 'the middleware'} waits for a body")
+
+    async def send(_message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"audio/wav")]}
+    asyncio.run(ValidateOptions(app)(scope, receive, send))
+    assert began == ["the application"]
 
 
 def test_reading_is_left_alone(client: TestClient) -> None:

@@ -168,10 +168,10 @@ def _check_second_runner(config: VllmConfig) -> None:
 
     Read in the source of 0.32, not run: that takes a GPU.
     """
-    reason = ""
+    reason, model = "", config.model_config
     if drafts_cost(config):  # `StandaloneARSpeculator.propose`
         reason = "there a draft model always makes all of its passes, so a small K saves little"
-    elif config.model_config.is_hybrid:  # the order of a batch, and `mamba_attn`
+    elif model.is_hybrid or model.is_attention_free:  # the order of a batch, and `mamba_attn`
         reason = "there Mamba layers may read the wrong state for requests without drafts"
     if reason:
         raise ConfigError(

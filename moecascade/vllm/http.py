@@ -38,7 +38,8 @@ class ValidateOptions:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if b"json" not in dict(scope["headers"]).get(b"content-type", b""):
+        kinds = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
+        if not any(b"json" in kind for kind in kinds):
             await self._app(scope, receive, send)  # audio, images: nothing of ours
             return
         messages, body = await _read(receive)
