@@ -76,6 +76,10 @@ def folder(tmp_path: Path) -> str:
         ("bench --policies off,cascade[backoff", ["cascade[name=number,...]"]),
         ("bench --temperatures cold", ["'cold'", "numbers"]),
         ("bench --concurrency 0", ["concurrency 0"]),
+        (
+            "bench --concurrency 64 --prompts-per-task 1 --out FOLDER/out",
+            ["3 prompts are too few for 64 in flight", "at least 128"],
+        ),
         ("bench --warm-up 16", ["16 prompts", "at most 15"]),
         ("bench --prompts gone.jsonl", ["'gone.jsonl'", "hf:NAME"]),
         ("bench --models local,local", ["'local,local'", "only once"]),

@@ -292,7 +292,8 @@ def test_drafts_that_are_filled_up_are_verified_as_far_as_they_were_found(
     monkeypatch.setattr(engine.scheduler, "_fills_up", True)
     outputs, steps = engine.generate_logged(PROMPTS, policy("static:8"))
     assert outputs == reference
-    assert drafted(steps) == pytest.approx(plain, rel=0.1)
+    # Where the text ends alike, a fill cannot be told from a find: here in two steps of a hundred.
+    assert plain <= drafted(steps) <= 1.1 * plain
 
 
 def test_drafts_of_a_drafter_that_did_not_run_are_neither_verified_nor_learnt_from(

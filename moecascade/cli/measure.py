@@ -75,6 +75,7 @@ def serve_and_measure(
     Returns:
         What the model and the server were, for the results.
     """
+    blocks = _blocks(plan, model)
     folder, local_name = find_model(model)
     settings = plan.settings
     where = ["--host", HOST, "--port"]
@@ -114,7 +115,7 @@ def serve_and_measure(
             logs=logs,
             deadline=deadline,
             keep_text=keep_text,
-            tell=_on(shown, bar, model, plan),
+            tell=_on(shown, bar, model, blocks),
         )
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
@@ -126,17 +127,22 @@ def on_running(
     url: str, model: str, plan: Plan, journal: Journal, shown: Progress, minutes: float | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure on a server that runs elsewhere; returns as `serve_and_measure` does."""
+    blocks = _blocks(plan, model)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    tell = _on(shown, bar, model, plan)
+    tell = _on(shown, bar, model, blocks)
     bench.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
     return {"name": model}, {"url": url}
 
 
-def _on(shown: Progress, bar: TaskID, model: str, plan: Plan) -> Callable[[str, int], None]:
+def _blocks(plan: Plan, model: str) -> int:
+    """Return how many blocks there will be; ConfigError, before anything starts, where none can."""
+    return sum(len(blocks) for blocks in plan.rounds(model))
+
+
+def _on(shown: Progress, bar: TaskID, model: str, blocks: int) -> Callable[[str, int], None]:
     """Return what shows on a bar how far measuring is."""
-    total = sum(len(blocks) for blocks in plan.rounds(model))
-    shown.update(bar, description=f"{model}: warming up", total=total, completed=0)
+    shown.update(bar, description=f"{model}: warming up", total=blocks, completed=0)
 
     def tell(what: str, sent: int) -> None:
         shown.update(bar, description=escape(f"{model}: {what[:36]:<36}"), completed=sent)
