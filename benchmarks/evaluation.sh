@@ -35,7 +35,7 @@ case ${1:-} in
     out=results/bench
     mkdir -p "$out"
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
-      --temperatures 0,0.8 --max-tokens 96 --minutes 62
+      --temperatures 0,0.8 --max-tokens 96 --warm-up 4 --minutes 64
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 6
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
       --temperatures 0.8 --max-tokens 192 --minutes 11 --speculative-config "$SELDOM"

@@ -68,7 +68,8 @@ def row(prompt: str, policy: str, tokens: int, seconds: float, **fields: Any) ->
 
 
 def test_our_prompts_are_distinct_and_name_their_task():
-    assert len({p.id for p in OURS}) == len({p.prompt for p in OURS}) == len(OURS) == 48
+    assert len({p.id for p in OURS}) == len({p.prompt for p in OURS}) == len(OURS)
+    assert Counter(p.task for p in OURS) == dict.fromkeys(TASKS, 48)
     assert all(p.id.startswith(f"{p.task}-") for p in OURS)
 
 
@@ -152,13 +153,13 @@ def test_a_missing_prompt_file_is_named():
 
 
 def test_prompts_to_warm_up_with_are_not_measured_nor_are_their_repetitions():
-    given = OURS[:20]  # 16 of one task, 4 of another
+    given = [*own("code")[:16], *own("math")[:4]]
     warm, left = apart(given, 3)
-    assert [p.task for p in warm] == [OURS[0].task, OURS[16].task] * 3
-    assert {p.id for p in left} == {p.id for p in OURS[:13]} | {OURS[16].id}
+    assert [p.task for p in warm] == ["code", "math"] * 3
+    assert {p.id for p in left} == {p.id for p in (*given[:13], given[16])}
     asked = mix(left, 20)
     assert not {p.id for p in warm} & {p.id.partition(REPEATED)[0] for p in asked}
-    assert [p.task for p in asked] == [OURS[0].task, OURS[16].task] * 20  # shares are equal
+    assert [p.task for p in asked] == ["code", "math"] * 20  # shares are equal
     assert apart(given, 0) == ([], given)
     with pytest.raises(ConfigError, match="at most 3"):
         apart(given, 4)
@@ -202,11 +203,11 @@ def test_a_policy_is_not_asked_at_one_temperature_what_it_has_just_answered_at_a
     rounds = Plan(mix(OURS), replace(FIVE, temperatures=(0.0, 0.8))).rounds("local")
     first = [block for blocks in rounds[: len(rounds) // 2] for block in blocks]
     asked = {t: {b.requests[0].prompt.id for b in first if b.temperature == t} for t in (0, 0.8)}
-    assert len(asked[0]) == len(asked[0.8]) == 24
+    assert len(asked[0]) == len(asked[0.8]) == len(OURS) // 2
     assert not asked[0] & asked[0.8]
     for at in (0, 1):  # tasks take turns at both
         order = [blocks[0].requests[0].prompt.task for blocks in rounds[at::2]]
-        assert order == [*TASKS] * 16
+        assert order == [*TASKS] * (len(OURS) // len(TASKS))
 
 
 def test_models_are_asked_different_prompts_as_long_as_there_are_some():
@@ -215,7 +216,7 @@ def test_models_are_asked_different_prompts_as_long_as_there_are_some():
     for i in range(2):
         rounds = Plan(mix(OURS), settings).turned(i, 2).rounds("local")
         asked += [blocks[0].requests[0].prompt.id for blocks in rounds[: len(rounds) // 4]]
-    assert len(set(asked)) == len(asked) == 48
+    assert len(set(asked)) == len(asked) == len(OURS)
 
 
 def planned(per_task: int, settings: Settings) -> list[Block]:

@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> str:
             "bench --concurrency 64 --prompts-per-task 1 --out FOLDER/out",
             ["3 prompts are too few for 64 in flight", "at least 128"],
         ),
-        ("bench --warm-up 16", ["16 prompts", "at most 15"]),
+        ("bench --warm-up 48", ["48 prompts", "at most 47"]),
         ("bench --prompts gone.jsonl", ["'gone.jsonl'", "hf:NAME"]),
         ("bench --models local,local", ["'local,local'", "only once"]),
         ("bench --url http://localhost:1 --policies vllm,off", ["--url", "'vllm'"]),

@@ -180,13 +180,15 @@ def test_the_openai_package_streams_several_tokens_a_message(
         stream_options={"include_usage": True},
         extra_body={"vllm_xargs": {"cascade_policy": "static:8"}},
     )
-    messages, tokens = 0, 0
+    messages, tokens, name = 0, 0, ""
     for chunk in stream:
+        name = chunk.id
         messages += bool(chunk.choices and chunk.choices[0].delta.content)
         tokens = chunk.usage.completion_tokens if chunk.usage else tokens
     assert 0 < messages < tokens <= 64  # accepted drafts come together
-    steps = [part for step in reader() for part in step["requests"]]
-    assert sum(part["emitted"] for part in steps) == tokens
+    # The engine may still write steps of a request that another test's client has stopped.
+    parts = [p for step in reader() for p in step["requests"] if p["id"].startswith(name)]
+    assert sum(part["emitted"] for part in parts) == tokens
 
 
 def in_flight(running: Server) -> float:
@@ -209,14 +211,14 @@ def test_a_stream_that_the_openai_package_leaves_is_forgotten(
         stream=True,
         extra_body={"vllm_xargs": {"cascade_policy": "marginal"}, "ignore_eos": True},
     )
-    for _, _chunk in zip(range(5), stream, strict=False):
-        pass
+    for _, chunk in zip(range(5), stream, strict=False):
+        name = chunk.id
     stream.close()
     deadline = time.monotonic() + 60
     while in_flight(running):
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    parts = [part for step in reader() for part in step["requests"]]
+    parts = [p for step in reader() for p in step["requests"] if p["id"].startswith(name)]
     assert 0 < sum(part["emitted"] for part in parts) < 1000  # ended long before 1500 tokens
     assert len(ask(client, "marginal")) > 40  # and the server serves on
 
