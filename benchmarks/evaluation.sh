@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's evaluation on the local models, with what others use and with ablations; then the report.
-# It may be interrupted: the same command goes on where it was. FRESH=1 begins anew.
+# It may be interrupted: the same command goes on where it was, with what was measured kept. FRESH=1 begins anew
+# (once: after an interruption, go on without it).
 #
 #   make bench            results/bench/report.html, within 90 minutes on two cores
 #   make bench QUICK=1    results/quick/report.html, within 10
@@ -17,23 +18,29 @@ part() {  # NAME, then options of `moecascade bench`
   local name=$1
   shift
   printf '\n== %s\n' "$name"
-  if [[ -e $out/$name.txt && -z ${FRESH:-} ]]; then
-    echo "measured before: $out/$name.txt"
+  if [[ -e $out/$name.txt ]]; then
+    echo "measured on $(date -r "$out/$name.txt" '+%Y-%m-%d %H:%M'), kept: $out/$name (FRESH=1 begins anew)"
     return
   fi
-  moecascade bench --out "$out/$name" ${FRESH:+--fresh} "$@" >"$out/$name.part"
+  moecascade bench --out "$out/$name" "$@" >"$out/$name.part"
   mv "$out/$name.part" "$out/$name.txt"
+}
+
+begin() {  # FOLDER
+  out=$1
+  if [[ -n ${FRESH:-} ]]; then
+    rm -rf "$out"
+  fi
+  mkdir -p "$out"
 }
 
 case ${1:-} in
   quick)
-    out=results/quick
-    mkdir -p "$out"
+    begin results/quick
     part core --models local --policies off,static:3,cascade,marginal --max-tokens 96 --minutes 7
     ;;
   full)
-    out=results/bench
-    mkdir -p "$out"
+    begin results/bench
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
       --temperatures 0,0.8 --max-tokens 96 --warm-up 4 --minutes 64
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 6

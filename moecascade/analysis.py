@@ -114,6 +114,29 @@ def utility_points(rows: Sequence[Row]) -> list[UtilityPoint]:
     return points
 
 
+def foreseen(rows: Sequence[Row], policy: str) -> list[UtilityPoint]:
+    """Return a point for each task and condition, one request at a time, of a policy's own view.
+
+    Its utility is the one that the policy acted on (`Row.utility`), by the time of the requests.
+    """
+    groups: dict[tuple[Condition, str], list[Row]] = defaultdict(list)
+    base: dict[tuple[Condition, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.concurrency == 1:
+            if row.policy == policy and row.utility is not None:
+                groups[condition_of(row), row.task].append(row)
+            elif row.policy == BASELINE:
+                base[condition_of(row), row.task].append(row)
+    points = []
+    for (condition, task), mine in groups.items():
+        ratio = pair(units(mine), units(base[condition, task])).ratio
+        seconds = sum(row.step_seconds for row in mine)
+        if ratio is not None and seconds:
+            seen = sum((row.utility or 0.0) * row.step_seconds for row in mine) / seconds
+            points.append(UtilityPoint(condition, task, policy, seen, ratio))
+    return points
+
+
 def _by_steps(rows: Sequence[Row]) -> list[Unit]:
     """Return the requests as the engine's steps saw them.
 

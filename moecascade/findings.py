@@ -1,14 +1,12 @@
-"""A report's first table: what a reader asks first, answered, beside the paper's figures.
-
-The paper's (arXiv 2506.20675) are of five models on one RTX 6000 Ada.
-"""
+"""A report's first table: what a reader asks first, answered, beside the paper's figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from moecascade import analysis, policies
+from moecascade import analysis, paper, policies
 from moecascade.analysis import HINDSIGHT
 from moecascade.policies.dynamic_table import tuned
 from moecascade.rows import BASELINE, Row
@@ -50,28 +48,28 @@ def findings(
     """
     return [
         *_worst(cells, varied),
-        *_crowds(cells),
+        *_crowds(main),
         *_advantage(main),
         *_tables(cells),
         *_apart(varied),
-        *_ablations(rows),
+        *_ablations(rows, varied),
         *_utility(points),
-        *_step_times(rows),
-        *_presence(rows),
-        *_deciding(rows),
+        *_foreseen(main),
+        *_step_times(main),
+        *_presence(main),
+        *_deciding(main),
     ]
 
 
 def _worst(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
     made = []
     for policy in ADAPTIVE:
-        paper = "5% slower" if policy == "cascade" else ""
         what = f"{policy}: worst workload against no speculation"
         if found := _lowest(cells, varied, policy):
-            made.append(Finding(what, found, paper))
+            made.append(Finding(what, found, paper.WORST.get(policy, "")))
     if found := _lowest(cells, varied, "static:"):
         what = "a static K: worst workload against no speculation"
-        made.append(Finding(what, found, "26%, 38%, 54% slower at K = 1, 2, 3"))
+        made.append(Finding(what, found, paper.WORST["static"]))
     return made
 
 
@@ -112,18 +110,26 @@ def pace(speedup: float) -> str:
     return f"{1 / speedup - 1:.1%} slower" if speedup < 1 else f"{speedup - 1:.1%} faster"
 
 
-def _crowds(cells: Sequence[Cell]) -> list[Finding]:
-    """Return what several requests in flight gain."""
+def _crowds(rows: Sequence[Row]) -> list[Finding]:
+    """Return what several requests in flight gain, over none and over the best table of K."""
     made = []
+    by_flight = {
+        n: [row for row in rows if row.concurrency == n]
+        for n in sorted({row.concurrency for row in rows})
+        if n > 1
+    }
+    for n, here in by_flight.items():
+        if len({row.policy for row in here if row.policy.startswith("static:")}) > 1:
+            by_flight[n] = [*here, *analysis.with_hindsight(here)]
     for policy in ADAPTIVE:
-        parts = [
-            f"{cell.concurrency} at once: {cell.speedup - 1:+z.1%}{_within(cell)}"
-            for of in totals(cells).values()
-            for cell in of
-            if cell.policy == policy and cell.concurrency > 1 and cell.speedup is not None
-        ]
-        if parts:
-            made.append(Finding(f"{policy}: throughput against no speculation", "; ".join(parts)))
+        for other, name in ((BASELINE, "no speculation"), (HINDSIGHT, "the best table of K")):
+            parts = [
+                f"{n} at once: {change(found)}"
+                for n, here in by_flight.items()
+                if (found := analysis.ratio(here, policy, other))
+            ]
+            if parts:
+                made.append(Finding(f"{policy}: throughput against {name}", "; ".join(parts)))
     return made
 
 
@@ -142,18 +148,33 @@ def _advantage(rows: Sequence[Row]) -> list[Finding]:
     best = analysis.with_hindsight(rows)
     for policy in ADAPTIVE:
         if found := analysis.ratio([*rows, *best], policy, HINDSIGHT):
-            paper = "Mixtral: +18%" if policy == "cascade" else ""
+            beside = paper.BEST_STATIC if policy == "cascade" else ""
             what = f"{policy} over the best static K of each model, in hindsight"
-            made.append(Finding(what, change(found), paper))
+            made.append(Finding(what, change(found), beside))
+    made += _each_static(rows)
     if found := analysis.ratio(rows, "marginal", "cascade"):
         made.append(Finding("marginal over cascade", change(found)))
     peers = {peer.name: analysis.ratio(rows, "marginal", peer.name) for peer in policies.PEERS}
-    beside = {name: found for name, found in peers.items() if found}
-    if beside:
-        fastest = min(beside, key=lambda name: beside[name].value)
-        what = f"marginal over {fastest}, the fastest of what others use"
-        made.append(Finding(what, change(beside[fastest])))
+    ran = {name: found for name, found in peers.items() if found}
+    if ran:
+        fastest = min(ran, key=lambda name: ran[name].value)
+        level = [name for name, found in ran.items() if (found.low or 0) <= ran[fastest].value]
+        several = f", one of {len(level)} that are level" if len(level) > 1 else ""
+        what = f"marginal over {fastest}, the fastest of what others use{several}"
+        made.append(Finding(what, change(ran[fastest])))
     return made
+
+
+def _each_static(rows: Sequence[Row]) -> list[Finding]:
+    """Return what `cascade` gains over each fixed K."""
+    specs = sorted({row.policy for row in rows if row.policy.startswith("static:")})
+    parts = [
+        f"K = {spec.removeprefix('static:')} {found.value - 1:+z.1%}"
+        for spec in specs
+        if (found := analysis.ratio(rows, "cascade", spec))
+    ]
+    said = "; ".join(parts)
+    return [Finding("cascade over each static K", said, paper.MEAN)] if len(parts) > 1 else []
 
 
 def _tables(cells: Sequence[Cell]) -> list[Finding]:
@@ -196,7 +217,7 @@ def _apart(varied: Sequence[Cell]) -> list[Finding]:
     ]
 
 
-def _ablations(rows: Sequence[Row]) -> list[Finding]:
+def _ablations(rows: Sequence[Row], varied: Sequence[Cell]) -> list[Finding]:
     """Return what cascade gains over itself with other settings."""
     specs = dict.fromkeys(row.policy for row in rows if row.policy.startswith("cascade["))
     made = []
@@ -205,8 +226,30 @@ def _ablations(rows: Sequence[Row]) -> list[Finding]:
             runs = {row.run for row in rows if row.policy == spec}
             here = [row for row in rows if row.run in runs]
             shares = f"K = 0 in {_idle(here, 'cascade')} of steps against {_idle(here, spec)}"
-            made.append(Finding(f"cascade over {spec}", f"{change(found)}; {shares}"))
+            worst = [_worst_of(varied, policy) for policy in ("cascade", spec)]
+            said = f"{change(found)}; {shares}; worst workload {worst[0]} against {worst[1]}"
+            what = f"cascade over cascade {without(spec)}"
+            made.append(Finding(what, said, paper.WORST.get(spec, "")))
     return made
+
+
+def without(spec: str) -> str:
+    """Return in words what the settings in a spec of `cascade` change, with the spec."""
+    words = {
+        "backoff=1": "without back-off",
+        "max_trials=1": "without hill-climbing",
+    }
+    inside = spec.partition("[")[2].removesuffix("]")
+    said = words.get(inside)
+    if said is None:
+        return f"with {inside.replace('=', ' = ').replace(',', ', ')}"
+    return f"{said} ({inside.replace('=', ' = ')})"
+
+
+def _worst_of(cells: Sequence[Cell], policy: str) -> str:
+    """Return a policy's lowest speed-up in words."""
+    found = [c.speedup for c in cells if c.policy == policy and c.speedup is not None]
+    return pace(min(found)) if found else "not measured"
 
 
 def _idle(rows: Sequence[Row], policy: str) -> str:
@@ -220,7 +263,20 @@ def _utility(points: Sequence[analysis.UtilityPoint]) -> list[Finding]:
     if squared is None:
         return []
     ours = f"{squared:.3f} over {len(points)} points"
-    return [Finding("utility against measured speed-up, R²", ours, "0.994 over 120 points")]
+    return [Finding("utility against measured speed-up, R²", ours, paper.UTILITY)]
+
+
+def _foreseen(rows: Sequence[Row]) -> list[Finding]:
+    """Return how far the utility that a policy acted on is from the speed-up that came."""
+    made = []
+    for policy in ADAPTIVE:
+        points = analysis.foreseen(rows, policy)
+        if points:
+            error = median(abs(point.utility / point.speedup - 1) for point in points)
+            what = f"{policy}: utility as it saw it, against measured speed-up"
+            said = f"median error {error:.1%} over {len(points)} tasks and conditions"
+            made.append(Finding(what, said))
+    return made
 
 
 def _step_times(rows: Sequence[Row]) -> list[Finding]:
@@ -228,9 +284,11 @@ def _step_times(rows: Sequence[Row]) -> list[Finding]:
     for model in dict.fromkeys(row.model for row in rows):
         curve = analysis.step_times(row for row in rows if row.model == model)
         if len(curve) > 1:
-            what = f"{model}: time of a step that verifies {curve[-1].k} drafts"
-            paper = "at K = 7: MoE 2x to 3x, dense at most 1.03x"
-            made.append(Finding(what, f"{curve[-1].cost:.2f}x", paper))
+            shown = [at for at in curve if at.k == paper.STEP_AT or at is curve[-1]]
+            drafts = " and ".join(str(at.k) for at in shown)
+            what = f"{model}: time of a step that verifies {drafts} drafts"
+            ours = " and ".join(f"{at.cost:.2f}x" for at in shown)
+            made.append(Finding(what, ours, paper.STEP_TIME))
     return made
 
 

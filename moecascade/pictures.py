@@ -47,9 +47,9 @@ def pictures(
     """Return the figures that the rows allow.
 
     Args:
-        rows: The requests.
-        cells: Their speed-ups, but for
-        varied: those of runs that vary a policy's settings.
+        rows: The requests, but for those of runs that vary a policy's settings.
+        cells: Their speed-ups.
+        varied: Speed-ups of the other runs.
         aside: The servers' flags in those runs.
         points: Of utility against speed-up.
     """
@@ -100,7 +100,7 @@ def pictures(
                 "acceptance",
                 "How many drafts are accepted",
                 "Share of verified draft tokens that were accepted, by their place in the draft, "
-                "under static K.",
+                "under static K; all models together.",
                 lambda narrow: figures.acceptance(accepted, narrow),
             )
         )
@@ -110,8 +110,9 @@ def pictures(
             Picture(
                 "course",
                 "K along one request",
-                "The same prompt under each policy. Grey: the utility that the policy sees "
-                "(cascade: measured in its window; marginal: expected of the step).",
+                f"The same prompt under each policy ({condition_of(drawn[0]).title}). Grey: the "
+                "utility that the policy sees (cascade: measured in its window; marginal: expected "
+                "of the step).",
                 lambda narrow: figures.course(drawn, narrow),
             )
         )
@@ -121,8 +122,8 @@ def pictures(
             Picture(
                 "k-shares",
                 "Which draft lengths were verified",
-                "All steps with one request at a time. Also a policy that asks for drafts "
-                "verifies none where the drafter has none.",
+                "All steps with one request at a time, all models together. Also a policy that "
+                "asks for drafts verifies none where the drafter has none.",
                 lambda narrow: figures.k_shares(shares, narrow),
             )
         )
@@ -211,9 +212,9 @@ def _course(rows: Sequence[Row]) -> list[Row]:
         for r in rows
         if r.series and r.policy not in (BASELINE, PLAIN) and not r.policy.startswith("static:")
     ]
-    by_prompt: dict[tuple[Condition, str], list[Row]] = {}
+    by_prompt: dict[tuple[str, Condition, str], list[Row]] = {}
     for r in adaptive:
-        by_prompt.setdefault((condition_of(r), r.prompt), []).append(r)
+        by_prompt.setdefault((r.run, condition_of(r), r.prompt), []).append(r)
 
     def telling(mine: list[Row]) -> float:
         return sum(min(len({k for k, *_ in r.series}), 6) for r in mine[:3]) + mine[0].steps / 1000

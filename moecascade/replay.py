@@ -202,7 +202,8 @@ def _ask(policy: Policy, running: Sequence[_Running]) -> list[int]:
 def _oracle(running: Sequence[_Running], conditions: Conditions) -> list[int]:
     """Return the numbers of right tokens that make tokens per time of this step highest."""
     n = len(running)
-    right = [r.matching() for r in running]
+    # A step gives one token more than were right, so the last token left needs no draft.
+    right = [min(r.matching(), len(r.outcome.trace.output) - r.at - 1) for r in running]
     total = max(range(sum(right) + 1), key=lambda d: (n + d) / conditions.cost(n + d))
     ks = [0] * n
     for i, room in enumerate(right):
@@ -243,7 +244,8 @@ def _step(
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, object]:
     """Return the figures of one policy: see `moecascade replay --help`."""
-    long = [o.speedup for o in outcomes if o.tokens >= LONG] or [o.speedup for o in outcomes]
+    long = [o.speedup for o in outcomes if len(o.trace.output) >= LONG]
+    long = long or [o.speedup for o in outcomes]
     steps = sum(o.steps for o in outcomes)
     tasks = sorted({o.trace.task for o in outcomes})
     return {

@@ -6,6 +6,7 @@ Everything in it follows from rows (`moecascade.rows`); nothing is measured or k
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -13,13 +14,13 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from moecascade import analysis, figures, luck, machine, policies, results
+from moecascade import analysis, figures, luck, machine, paper, policies, results
 from moecascade.errors import ConfigError, SetupError
 from moecascade.files import write_whole
 from moecascade.findings import Finding, findings
 from moecascade.pictures import Picture, pictures
 from moecascade.rows import BASELINE, Row, from_json
-from moecascade.summary import Cell, by_workload, summarise, totals
+from moecascade.summary import Cell, by_workload, fastest, summarise, totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,8 @@ def build(found: Sequence[results.Results]) -> Report:
     rest = [row for row in rows if row.run not in runs]
     cells = summarise(rest) if rest or not runs else []
     points = analysis.utility_points(measured)
-    drawn = pictures(rows, cells, varied, aside, points)
-    said = findings(rows, rest, cells, varied, points)
+    drawn = pictures(rest or rows, cells, varied, aside, points)
+    said = findings(rows, rest or rows, cells, varied, points)
     evened = any(a is not b for a, b in zip(rows, measured, strict=True))
     return Report(found, rows, cells, varied, aside, drawn, said, evened)
 
@@ -142,14 +143,14 @@ class Table:
         title: What it is of.
         columns: Their heads.
         lines: A line for each policy.
-        best: For each column the highest speed-up, to be emphasised.
+        best: For each column the policy that is fastest beyond doubt, to be emphasised, or None.
         note: Flags that its servers ran with.
     """
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
-    best: tuple[float, ...]
+    best: tuple[str | None, ...]
     note: str = ""
 
 
@@ -177,7 +178,7 @@ def _table(title: str, across: Mapping[str, Sequence[Cell]], summed: bool = True
         )
         for policy in down
     )
-    best = tuple(max(cell.speedup or 0.0 for cell in cells) for cells in across.values())
+    best = tuple(map(fastest, across.values()))
     return Table(title, tuple(across), lines, best)
 
 
@@ -204,7 +205,21 @@ def html(report: Report) -> str:
         tables=tables(report),
         parts=_parts(report),
         models=list(dict.fromkeys(cell.condition.model for cell in report.cells)),
+        paper=paper,
+        peers=_sources(report),
     )
+
+
+def _sources(report: Report) -> list[tuple[str, str]]:
+    """Return each policy that ran, settings left aside, with the first line of its file."""
+    specs = dict.fromkeys(policies.parse(row.policy)[0] for row in report.rows)
+    known = policies.classes()
+    made = []
+    for name in specs:
+        if name in known:
+            about = (sys.modules[known[name].__module__].__doc__ or "").partition("\n\n")[0]
+            made.append((name, about.partition(": ")[2].replace("\n", " ").rstrip(".")))
+    return made
 
 
 def _parts(report: Report) -> list[dict[str, Any]]:
@@ -252,6 +267,7 @@ def markdown(report: Report) -> str:
     """Return a summary for a pull request or a README."""
     lines = ["| | this run | the paper |", "| --- | --- | --- |"]
     lines += [f"| {f.what} | {f.ours} | {f.paper} |" for f in report.findings]
+    lines += ["", f"The paper ({paper.SOURCE}), by model: {_by_model()}."]
     for table in tables(report):
         note = f"; servers with `{table.note}`" if table.note else ""
         lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval{note}", ""]
@@ -266,6 +282,10 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _by_model() -> str:
+    return "; ".join(f"{model}: {said}" for model, said in paper.MODELS)
+
+
 def markdown_table(table: Table) -> list[str]:
     """Return a table's lines."""
     made = ["| policy | " + " | ".join([*table.columns, "worst", "mean"]) + " |"]
@@ -277,11 +297,11 @@ def markdown_table(table: Table) -> list[str]:
     return made
 
 
-def _markdown_cell(cell: Cell | None, best: float) -> str:
+def _markdown_cell(cell: Cell | None, best: str | None) -> str:
     if cell is None or cell.speedup is None:
         return ""
     number = f"{cell.speedup:.2f}"
-    if cell.speedup == best:
+    if cell.policy == best:
         number = f"**{number}**"
     if cell.policy == BASELINE or cell.low is None or cell.high is None:
         return number

@@ -78,6 +78,8 @@ class Row:
         by_k: The steps by drafts verified.
         accepted_at: How often the first, second, ... token of a draft was accepted, and
         drafted_at: how often it was verified.
+        utility: What the policy took for the utility of its steps, on average by their time; None
+            where it says nothing.
         series: Each step's (K, tokens, seconds, utility or None); of few requests, to be drawn.
         text: What the model wrote; kept where results are small.
         reference: Baseline steps a token that `luck.REFERENCE` takes for this answer in replay,
@@ -113,6 +115,7 @@ class Row:
     by_k: tuple[AtK, ...] = ()
     accepted_at: tuple[int, ...] = ()
     drafted_at: tuple[int, ...] = ()
+    utility: float | None = None
     series: tuple[tuple[int, int, float, float | None], ...] = ()
     text: str = ""
     reference: float | None = None
@@ -186,8 +189,14 @@ class Steps:
                 for j in range(longest)
             ),
             "drafted_at": tuple(sum(drafted > j for drafted in drafts) for j in range(longest)),
+            "utility": self._utility(),
             "series": tuple(self.series) if keep_series else (),
         }
+
+    def _utility(self) -> float | None:
+        known = [(u, seconds) for _, _, seconds, u in self.series if u is not None]
+        time = sum(seconds for _, seconds in known)
+        return sum(u * seconds for u, seconds in known) / time if time else None
 
     def _at(self, drafted: int) -> AtK:
         pairs = list(zip(self._drafts, self.series, strict=True))

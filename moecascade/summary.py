@@ -333,6 +333,16 @@ def totals(cells: Iterable[Cell]) -> dict[Condition, list[Cell]]:
     return {condition: list(of.values())[-1] for condition, of in by_workload(cells).items()}
 
 
+def fastest(cells: Iterable[Cell]) -> str | None:
+    """Return the policy whose interval begins above the speed-ups of all others, if one's does."""
+    known = {cell.policy: cell for cell in cells if cell.speedup is not None}
+    best = max(known.values(), key=lambda cell: cell.speedup or 0.0, default=None)
+    if best is None or best.policy == BASELINE or best.low is None:
+        return None
+    others = [cell.speedup or 0.0 for cell in known.values() if cell is not best]
+    return best.policy if best.low > max(others, default=1.0) else None
+
+
 def best_static(cells: Iterable[Cell]) -> Cell | None:
     """Return the fixed K that was best in hindsight among `cells`, None where there was none.
 

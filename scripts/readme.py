@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from moecascade import analysis, machine, report
+from moecascade import analysis, machine, policies, report
 from moecascade.report import Report
 from moecascade.summary import Cell, Condition, totals
 
@@ -70,7 +70,8 @@ def foresight(made: Report) -> list[str]:
         "| drafts verified | steps | accepted, expected | accepted | step time, median error |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
-    rows = [row for row in made.rows if row.concurrency == 1]
+    asides = {row.run for row in made.rows if policies.parse(row.policy)[2]}
+    rows = [row for row in made.rows if row.concurrency == 1 and row.run not in asides]
     for c in analysis.calibration(rows, "marginal"):
         shares = ["" if share is None else f"{share:.0%}" for share in (c.expected, c.accepted)]
         lines.append(f"| {c.k} | {c.steps} | {shares[0]} | {shares[1]} | {c.time_error:.0%} |")

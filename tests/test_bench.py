@@ -17,7 +17,7 @@ from moecascade.errors import ConfigError
 from moecascade.journal import Journal
 from moecascade.plan import Block, Plan, Settings
 from moecascade.rows import AtK, Row, from_json, tally
-from moecascade.summary import Cell, Pairs, best_static, interval, summarise, units
+from moecascade.summary import Cell, Pairs, best_static, fastest, interval, summarise, units
 from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, apart, mix, own, read, workloads
 
 ROW = Row(
@@ -388,7 +388,12 @@ def test_what_a_policy_expected_stands_beside_what_came():
             "controller": 0.001,
             "handover": 0.002,
             "requests": [
-                {**part(name, 2, 2, emitted), "expected_tokens": 2.0, "expected_seconds": 0.1}
+                {
+                    **part(name, 2, 2, emitted),
+                    "utility": 10 * seconds,
+                    "expected_tokens": 2.0,
+                    "expected_seconds": 0.1,
+                }
             ],
         }
         for seconds, emitted in ((0.1, 3), (0.08, 1), (0.2, 2))
@@ -397,6 +402,7 @@ def test_what_a_policy_expected_stands_beside_what_came():
     (at,) = fields["by_k"]
     assert (at.emitted, at.expected_tokens) == (6, 6.0)
     assert at.seconds_error == pytest.approx(0.25)  # of 0, 0.25 and 0.5
+    assert fields["utility"] == pytest.approx((0.1 + 0.064 + 0.4) / 0.38)  # by time
     assert fields["controller_seconds"] == pytest.approx(0.003)
     assert fields["handover_seconds"] == pytest.approx(0.006)
     assert (fields["drafted_at"], fields["accepted_at"]) == ((3, 3), (2, 1))
@@ -554,6 +560,16 @@ def test_too_wide_an_interval_says_that_it_cannot_tell():
     cells = summarise(rows)
     found = {policy: cell_of(cells, "code", policy).verdict for policy in "abc"}
     assert found == {"a": "cannot tell", "b": "faster", "c": "slower"}
+
+
+def test_what_is_fastest_is_said_only_beyond_doubt():
+    rows = [row(f"code-{i}", "off", 10, 1.0) for i in range(8)]
+    rows += [row(f"code-{i}", "a", 10, 0.5 if i % 2 else 1.0) for i in range(8)]
+    rows += [row(f"code-{i}", "b", 10, 0.8) for i in range(8)]
+    assert fastest(summarise(rows)) is None  # a is, but its interval holds what b has
+    assert fastest(c for c in summarise(rows) if c.policy != "a") == "b"
+    assert fastest(c for c in summarise(rows) if c.policy == "off") is None
+    assert fastest([]) is None
 
 
 def test_any_policy_can_be_the_one_to_compare_with():

@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> str:
         ("demo --policies off,fast", ["'fast'", "allowed"]),
         ("demo --prompts-per-task 0", ["0 prompts", "from 1"]),
         ("bench --policies off,cascade[backof=1]", ["'backof'", "did you mean 'backoff'"]),
-        ("bench --policies off,cascade[backoff", ["cascade[name=number,...]"]),
+        ("bench --policies off,cascade[backoff", ["cascade[name=value,...]"]),
         ("bench --temperatures cold", ["'cold'", "numbers"]),
         ("bench --concurrency 0", ["concurrency 0"]),
         (

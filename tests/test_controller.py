@@ -265,14 +265,18 @@ def test_a_spec_may_carry_settings() -> None:
         "cascade[backoff=1,set_steps=8]",
         "static:3",
     ]
+    spec = "dynamic-table[table=[[1,4,5],[5,16,3]]]"
+    assert policies.split(f"off,{spec},cascade") == ["off", spec, "cascade"]
+    assert policies.parse(spec)[2] == {"table": [[1, 4, 5], [5, 16, 3]]}
+    policies.create(spec, 8)
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("cascade[", "name=number"),
-        ("cascade[backoff]", "name=number"),
-        ("cascade[backoff=x]", "name=number"),
+        ("cascade[", "name=value"),
+        ("cascade[backoff]", "name=value"),
+        ("cascade[backoff=x]", "name=value"),
         ("cascade[bakoff=1]", "did you mean 'backoff'"),
         ("cascade[backoff=0]", "at least 1"),
         ("off[k=1]", "unknown key"),

@@ -186,6 +186,17 @@ def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None
     )
 
 
+def test_what_a_policy_saw_is_compared_with_what_came(rows: list[Row]) -> None:
+    told = [replace(row, utility=1.5) if row.policy == "marginal" else row for row in rows]
+    points = analysis.foreseen(told, "marginal")
+    assert {(p.policy, round(p.utility, 9)) for p in points} == {("marginal", 1.5)}
+    measured = {
+        (p.condition, p.task): p.speedup for p in utility_points(rows) if p.policy == "marginal"
+    }
+    assert {(p.condition, p.task): p.speedup for p in points} == pytest.approx(measured)
+    assert analysis.foreseen(rows, "marginal") == []  # where nothing was said there is no point
+
+
 def test_acceptance_is_by_place_in_the_draft(rows: list[Row]) -> None:
     curve = analysis.acceptance(r for r in rows if r.task == "code" and r.policy == "static:8")
     assert len(curve) == 8
@@ -233,8 +244,9 @@ def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results
     assert titles[0] == "All tasks together"
     assert titles[-1] == "Other settings: local, temperature 0.8"
     assert "settings-local-t08" in {picture.name for picture in whole.pictures}
-    (line,) = [f.ours for f in whole.findings if f.what == "cascade over cascade[backoff=1]"]
+    (line,) = [f.ours for f in whole.findings if "without back-off" in f.what]
     assert "K = 0 in" in line
+    assert "; worst workload " in line
     console = Console(file=StringIO(), width=120)
     console.print(table(whole.varied, "", ""))
     assert isinstance(console.file, StringIO)
@@ -290,6 +302,12 @@ def test_findings_that_compare_policies_are_of_one_request_at_a_time(rows: list[
     for what in first:
         assert "at once" in what or both[what] == first[what], what
     assert "4 at once: " in both["cascade: throughput against no speculation"]
+    # With one fixed K there was no table to choose.
+    assert "cascade: throughput against the best table of K" not in both
+    more = [replace(r, policy="static:8", block="8") for r in crowd if r.policy == "static:3"]
+    slower = [replace(row, block_seconds=90.0) for row in more]
+    tabled = said([*alone, *crowd, *slower])["cascade: throughput against the best table of K"]
+    assert tabled.startswith("4 at once: +0.0%")  # all but the slower K took equally long
 
 
 def test_the_best_table_is_of_batch_sizes_at_which_there_was_a_choice(rows: list[Row]) -> None:

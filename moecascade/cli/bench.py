@@ -158,7 +158,7 @@ def bench(
                         name, turn, journal, out, shown, flags=context.args, deadline=deadline
                     )
                 about.append(facts[0])
-                served.append(facts[1])
+                served += facts[1]
                 if i + 1 < len(names):
                     _keep(out, asked_for, about, served, journal)
     finally:

@@ -17,7 +17,7 @@ from moecascade.cli import measure
 from moecascade.journal import Journal
 from moecascade.plan import Plan, Settings
 from moecascade.rows import BASELINE
-from moecascade.summary import Cell, summarise
+from moecascade.summary import Cell, fastest, summarise
 from moecascade.vllm import compat
 from moecascade.workloads import ALL, TASKS, apart, mix, own
 
@@ -115,7 +115,7 @@ def demo(
         "demo",
         arguments=arguments,
         models=[about],
-        servers=[served],
+        servers=served,
         rows=[results.plain(row) for row in journal.rows],
         summary=[results.plain(cell) for cell in cells],
     )
@@ -139,7 +139,7 @@ def demo(
 
 
 def table(cells: Sequence[Cell], title: str, caption: str) -> Table:
-    """Return the summary as a table, tasks one below the other; the best policies are bold."""
+    """Return the summary as a table, tasks one below the other; bold: fastest beyond doubt."""
     shown = Table(
         title=title,
         caption=caption,
@@ -153,7 +153,7 @@ def table(cells: Sequence[Cell], title: str, caption: str) -> Table:
     for name in ("tok/s", "speed-up (95%)", "worst", "ETR", "mean K", "K = 0"):
         shown.add_column(name, justify="right", no_wrap=True)
     best = {
-        task: max(cell.speedup or 0.0 for cell in cells if cell.workload == task)
+        task: fastest(cell for cell in cells if cell.workload == task)
         for task in {cell.workload for cell in cells}
     }
     last = ""
@@ -170,7 +170,7 @@ def table(cells: Sequence[Cell], title: str, caption: str) -> Table:
             _number(cell.etr, 2),
             _number(cell.mean_k, 2),
             "" if cell.off_share is None else f"{cell.off_share:.0%}",
-            style="bold" if cell.speedup == best[cell.workload] else None,
+            style="bold" if cell.policy == best[cell.workload] else None,
         )
         last = cell.workload
     return shown

@@ -69,11 +69,11 @@ def serve_and_measure(
     flags: Sequence[str] = (),
     deadline: float | None = None,
     keep_text: bool = False,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Start the servers that a model needs, measure on them, and end them.
 
     Returns:
-        What the model and the server were, for the results.
+        What the model and the servers were, for the results.
     """
     blocks = _blocks(plan, model)
     folder, local_name = find_model(model)
@@ -120,19 +120,22 @@ def serve_and_measure(
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
     about = {"name": served.model, **bench.model_facts(folder)}
-    return about, {"command": list(served.command), "environment": dict(served.environment)}
+    return about, [
+        {"of": name, "command": list(one.command), "environment": dict(one.environment)}
+        for name, one in launches.items()
+    ]
 
 
 def on_running(
     url: str, model: str, plan: Plan, journal: Journal, shown: Progress, minutes: float | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure on a server that runs elsewhere; returns as `serve_and_measure` does."""
     blocks = _blocks(plan, model)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     tell = _on(shown, bar, model, blocks)
     bench.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
-    return {"name": model}, {"url": url}
+    return {"name": model}, [{"of": BASELINE, "url": url}]
 
 
 def _blocks(plan: Plan, model: str) -> int:

@@ -9,7 +9,6 @@ A policy is named by a *spec*: its name, for some an argument after a colon (``o
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -121,19 +120,25 @@ def parse(spec: str) -> tuple[str, str | None, dict[str, Any]]:
         try:
             if not inside.endswith("]"):
                 raise ValueError
-            for item in inside[:-1].split(","):
+            for item in split(inside[:-1]):
                 key, _, value = item.partition("=")
                 values[key.strip()] = json.loads(value)
         except ValueError:
             raise ConfigError(
-                f"policy {spec!r}: settings have the form {plain}[name=number,...]"
+                f"policy {spec!r}: settings have the form {plain}[name=value,...]"
             ) from None
     return name, argument if colon else None, values
 
 
 def split(specs: str) -> list[str]:
     """Return the specs of a list with commas between; those within brackets are theirs."""
-    return [spec.strip() for spec in re.split(r",(?![^\[]*\])", specs)]
+    depth, begin, found = 0, 0, []
+    for at, sign in enumerate(specs):
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and not depth:
+            found.append(specs[begin:at])
+            begin = at + 1
+    return [spec.strip() for spec in (*found, specs[begin:])]
 
 
 __all__ = [
