@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecascade import luck
+from moecascade import launch, luck
 from moecascade.client import Reply, chat
+from moecascade.errors import SetupError
 from moecascade.journal import Journal
 from moecascade.plan import Block, Plan, Request
 from moecascade.replay import Conditions
@@ -278,6 +279,30 @@ async def _measure(
             if whole:  # else it says nothing about how long one takes
                 longest = max(longest, time.monotonic() - began)
     tell("measured", sent)
+
+
+def check_plugin(url: str, model: str) -> None:
+    """Raise SetupError where a server does not choose by our policies: all would look alike there.
+
+    One with the plugin and `moecascade.vllm.http` refuses a policy that does not exist.
+    """
+
+    async def ask() -> None:
+        async with client(url) as http:
+            xargs = {"cascade_policy": "?"}
+            await chat(http, model, "Hello", request_id="check", max_tokens=2, xargs=xargs)
+
+    try:
+        asyncio.run(ask())
+    except SetupError as error:
+        if "unknown policy" in str(error):
+            return
+        raise
+    raise SetupError(
+        f"the server at {url} takes any cascade_policy, so it has no plugin, or no check of "
+        f"options; start it with 'moecascade serve', or with --scheduler-cls {launch.SCHEDULER} "
+        f"--middleware {launch.MIDDLEWARE}"
+    )
 
 
 def model_facts(folder: str) -> dict[str, Any]:

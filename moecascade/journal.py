@@ -48,8 +48,8 @@ class Journal:
         whole = [line for line in lines if line.endswith("\n")]
         if whole and whole[0].rstrip("\n") != head:
             raise ConfigError(
-                f"{path} is of a run that measures something else; choose another folder with "
-                "--out, or begin anew with --fresh"
+                f"{path} is of a run that measures something else, or of other prompts; choose "
+                "another folder with --out, or begin anew with --fresh (make bench: FRESH=1)"
             )
         self.rows = [from_json(json.loads(line)) for line in whole[1:]]
         text = "".join(whole) or head + "\n"

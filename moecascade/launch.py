@@ -21,6 +21,7 @@ from moecascade import machine
 from moecascade.errors import ConfigError
 from moecascade.options import CONFIG_KEY, server_options
 from moecascade.policies import ANY_K
+from moecascade.vllm import compat
 
 DRAFTER: dict[str, Any] = {
     "method": "ngram",
@@ -38,7 +39,12 @@ LOCAL_MAX_MODEL_LEN = 4096
 CPU_CACHE_GIB = {True: 2, False: 4}
 """Memory for the KV cache on a CPU, for a local model and for others."""
 
-_SHORT = {"-sc": "speculative-config"}
+_SHORT = {
+    "-sc": "speculative-config",
+    "-pp": "pipeline-parallel-size",
+    "-dp": "data-parallel-size",
+    "-dcp": "decode-context-parallel-size",
+}
 _SAME = {  # other ways to say what a default of ours says
     "spec-method": "speculative-config",
     "spec-model": "speculative-config",
@@ -55,6 +61,9 @@ _OURS = (
     "max-model-len",
     "served-model-name",
     "async-scheduling",
+    "pipeline-parallel-size",
+    "data-parallel-size",
+    "decode-context-parallel-size",
 )
 
 
@@ -190,11 +199,29 @@ def plan(
     else:
         ours += ["--speculative-config", _json(_drafter(max_k))]
     is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
+    if is_ours:
+        _check_supported(flags, arguments)
     if is_ours and "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
         ours += ["--no-async-scheduling"]
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
     made = _launch(model, flags, [*ours, *arguments], local_name)
     return _with_runner(made, flags) if is_ours else made
+
+
+def _check_supported(flags: Flags, arguments: Sequence[str]) -> None:
+    """Refuse what the plugin would refuse in the engine, where the model has been loaded by then.
+
+    As far as flags tell; `moecascade.vllm.compat.check_supported` sees all of it.
+    """
+    method = drafter_of(flags).get("method")
+    if isinstance(method, str) and method not in compat.DRAFTERS:
+        raise ConfigError(compat.unknown_drafter(method))
+    if "--async-scheduling" in (argument.replace("_", "-") for argument in arguments):
+        raise ConfigError(compat.ASYNC_SCHEDULING)
+    for name in compat.SIZES:
+        size = flags.value(name.replace("_", "-"), "1")
+        if size.isdecimal() and int(size) > 1:
+            raise ConfigError(compat.too_many(name, int(size)))
 
 
 def _with_runner(launch: Launch, flags: Flags) -> Launch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from moecascade.errors import ConfigError, nearest
 from moecascade.settings import from_mapping
 
 CONFIG_KEY = "cascade"
+PACKAGE = "moecascade"
 REQUEST_PREFIX = "cascade_"
 
 
@@ -28,7 +30,8 @@ class ServerOptions:
     Attributes:
         policy: Spec of the policy for requests that do not choose one.
         options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
-        request_options: Whether requests may choose policy and cap; if not, theirs are ignored.
+        request_options: Whether requests may choose policy and cap; if not, what they say of them
+            is checked and ignored.
         step_log: File to write a line a step to (schema `moecascade.steplog`), or "" for none.
         trace_log: File to write a line a request to (schema `moecascade.traces`), or "" for none.
         trace_tokens: Whether traces hold token ids. They are what users and model said.
@@ -79,7 +82,11 @@ def server_options(
     Raises:
         ConfigError: Unknown keys, policies or settings, values out of range.
     """
-    values = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
+    given = additional_config if isinstance(additional_config, Mapping) else {}
+    for key in given:  # others may have keys of their own there, so only ours misspelt is refused
+        if key != CONFIG_KEY and (key == PACKAGE or nearest(str(key).lower(), (CONFIG_KEY,))):
+            raise ConfigError(f"additional_config: unknown key {key!r}; ours is {CONFIG_KEY!r}")
+    values = given.get(CONFIG_KEY, {})
     where = f'additional_config["{CONFIG_KEY}"]'
     chosen = from_mapping(ServerOptions, values, where)
     for name, settings in chosen.options.items():
@@ -151,6 +158,24 @@ def request_options(
     if not isinstance(task, str):
         raise ConfigError(f"vllm_xargs: cascade_task must be a text, got {task!r}")
     return RequestOptions(policy, cap, task)
+
+
+def what_is_right(
+    extra_args: Mapping[str, Any] | None,
+    max_k: int | None,
+    settings_of: Callable[[str], Mapping[str, Any]] = _no_settings,
+) -> RequestOptions:
+    """Return those of a request's options that are right on their own, as `request_options`."""
+    found = RequestOptions()
+    for key, value in (extra_args or {}).items():
+        with suppress(ConfigError):
+            one = request_options({key: value}, max_k, settings_of)
+            found = RequestOptions(
+                one.policy or found.policy,
+                found.max_k if one.max_k is None else one.max_k,
+                one.task or found.task,
+            )
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, product, zip_longest
@@ -58,11 +59,19 @@ class Settings:
                 shown = ",".join(str(value) for value in values)
                 raise ConfigError(f"{name} {shown}: name each only once")
         if self.max_tokens < 2:
-            raise ConfigError(f"{self.max_tokens} tokens: give at least 2, for there to be a rate")
-        if min(self.temperatures) < 0:
-            raise ConfigError(f"temperature {min(self.temperatures)}: give 0 (greedy) or more")
+            raise ConfigError(
+                f"answers of {self.max_tokens} tokens (--max-tokens): give at least 2, for there "
+                "to be a rate"
+            )
+        for temperature in self.temperatures:
+            if not 0 <= temperature < math.inf:
+                raise ConfigError(
+                    f"temperature {temperature} (--temperatures): give 0 (greedy) or more"
+                )
         if min(self.concurrencies) < 1:
-            raise ConfigError(f"concurrency {min(self.concurrencies)}: give 1 or more")
+            raise ConfigError(
+                f"concurrency {min(self.concurrencies)} (--concurrency): give 1 or more"
+            )
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -134,6 +143,12 @@ class Plan:
     settings: Settings
     warm: Sequence[Prompt] = ()
     part: int = 0
+
+    @property
+    def digest(self) -> str:
+        """What is asked and in which order, in a few signs: other prompts, another digest."""
+        asked = [asdict(prompt) for prompt in (*self.prompts, *self.warm)]
+        return hashlib.sha256(json.dumps([ORDER, asked]).encode()).hexdigest()[:8]
 
     def turned(self, part: int, parts: int) -> Plan:
         """Return the plan for one of several models, each beginning at prompts of its own.

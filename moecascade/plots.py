@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,14 @@ OTHERS = ("#0f766e", "#7e22ce", "#a16207", "#be185d")
 INK = "#374151"
 
 
+def check_installed() -> None:
+    """Raise SetupError where plots cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SetupError(
+            "the plot needs matplotlib: 'pip install matplotlib', or do without it by --no-plot"
+        )
+
+
 def speedups(cells: Sequence[Cell], path: Path, title: str, caption: str) -> None:
     """Draw the speed-up of each policy over the baseline, grouped by task, into a file.
 
@@ -35,12 +44,9 @@ def speedups(cells: Sequence[Cell], path: Path, title: str, caption: str) -> Non
     Raises:
         SetupError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise SetupError(
-            "the plot needs matplotlib: 'pip install matplotlib', or do without it by --no-plot"
-        ) from None
+    check_installed()
+    from matplotlib.figure import Figure
+
     shown = [cell for cell in cells if cell.policy != BASELINE and cell.speedup is not None]
     tasks = list(dict.fromkeys(cell.workload for cell in shown))
     policies = list(dict.fromkeys(cell.policy for cell in shown))

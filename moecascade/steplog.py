@@ -1,4 +1,4 @@
-"""The step log: one JSON object a line for each step of an engine that had drafts to decide about.
+"""The step log: one JSON object a line for each step of an engine that computed anything.
 
     {"schema": "moecascade.steps/1", "step": 17, "seconds": 0.031, "decode": true, "requests": [
       {"id": "cmpl-1", "policy": "cascade", "k": 3, "why": "test", "drafted": 3, "emitted": 2,
@@ -23,8 +23,9 @@ from moecascade.steps import Decision, Step
 SCHEMA = "moecascade.steps/1"
 
 EXPECTED = ("utility", "expected_tokens", "expected_seconds")
-"""Entries of a policy's explanation that the log keeps: the utility of the K chosen, the tokens
-that the step is expected to give the request, and the time that it is expected to take."""
+"""Entries of a policy's explanation that the log keeps: utility as the policy sees it (`marginal`:
+expected of this step; `cascade`: measured so far in the phase), the tokens that the step is
+expected to give the request, and the time that it is expected to take."""
 
 
 class StepLog:

@@ -95,7 +95,7 @@ def mix(prompts: Iterable[Prompt], per_task: int | None = None) -> list[Prompt]:
         ConfigError: Fewer than one prompt a task is asked for.
     """
     if per_task is not None and per_task < 1:
-        raise ConfigError(f"{per_task} prompts a task: give a number from 1")
+        raise ConfigError(f"{per_task} prompts a task (--prompts-per-task): give a number from 1")
     by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_task.setdefault(prompt.task, []).append(prompt)

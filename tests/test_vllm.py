@@ -357,7 +357,11 @@ def test_bad_request_options_fall_back_to_the_server_s_policy_raises(engine: Eng
         outputs, steps = engine.generate_logged(PROMPTS[:1], bad)
         assert outputs == reference
         assert {r["policy"] for s in steps for r in s["requests"]} == {ServerOptions().policy}
-    assert engine.scheduler.cascade_faults["request options"] >= 3
+    # What else it asks for is done: who wants no drafts gets none.
+    outputs, steps = engine.generate_logged(PROMPTS[:1], {**policy("no-such"), "cascade_max_k": 0})
+    assert outputs == reference
+    assert {r["k"] for s in steps for r in s["requests"]} == {0}
+    assert engine.scheduler.cascade_faults["request options"] >= 4
 
 
 def test_steps_with_prefill_are_not_taken_for_decoding(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from moecascade import luck, policies, results, workloads
 from moecascade.cli import measure
 from moecascade.cli.demo import table
-from moecascade.errors import ConfigError
+from moecascade.errors import ConfigError, nearest
 from moecascade.journal import Journal
 from moecascade.plan import Plan, Settings
 from moecascade.rows import PLAIN
@@ -111,6 +111,11 @@ def bench(
         max_tokens=max_tokens,
         seed=seed,
     )
+    if url is not None and context.args:
+        raise ConfigError(
+            f"--url {url}: the server is running, so {context.args[0]!r} can go to none"
+            f"{nearest(context.args[0], _options(context))}; leave it out"
+        )
     warm, left = workloads.apart(workloads.read(prompts or []), warm_up)
     plan = Plan(workloads.mix(left, prompts_per_task), settings, warm)
     names = [name.strip() for name in models.split(",") if name.strip()]
@@ -139,7 +144,7 @@ def bench(
         "flags": list(context.args),
     }
     asked_for = {**arguments, "minutes": minutes}  # with more time the same run may go on
-    journal = Journal(out / JOURNAL, arguments, fresh=fresh)
+    journal = Journal(out / JOURNAL, {**arguments, "asked": plan.digest}, fresh=fresh)
     if journal.rows:
         screen.print(f"Going on after {len(journal.rows)} requests in {out / JOURNAL}.")
     about, served = [], []
@@ -168,6 +173,11 @@ def bench(
     screen.print(
         f"Kept: {out / RESULTS}. See it: moecascade report {out}", soft_wrap=True, highlight=False
     )
+
+
+def _options(context: typer.Context) -> list[str]:
+    """Return the names of this command's options."""
+    return [name for parameter in context.command.params for name in parameter.opts]
 
 
 def _numbers(name: str, text: str, kind: type) -> tuple[float, ...]:

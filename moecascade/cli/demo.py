@@ -89,6 +89,8 @@ def demo(
     warm, left = apart([prompt for task in TASKS for prompt in own(task)], warm_up)
     plan = Plan(mix(left, prompts_per_task), settings, warm)
     compat.check_version()
+    if plot:
+        plots.check_installed()
     screen = Console(stderr=True)
     measure.make_folder(out)
     arguments = {

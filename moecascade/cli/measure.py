@@ -131,6 +131,7 @@ def on_running(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure on a server that runs elsewhere; returns as `serve_and_measure` does."""
     blocks = _blocks(plan, model)
+    bench.check_plugin(url, model)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     tell = _on(shown, bar, model, blocks)

