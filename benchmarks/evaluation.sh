@@ -42,8 +42,8 @@ case ${1:-} in
   full)
     begin results/bench
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
-      --temperatures 0,0.8 --max-tokens 96 --warm-up 4 --minutes 64
-    part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 6
+      --temperatures 0,0.8 --max-tokens 96 --warm-up 2 --minutes 66
+    part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 5
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
       --temperatures 0.8 --max-tokens 192 --minutes 11 --speculative-config "$SELDOM"
     part crowd --models local --policies off,static:1,static:3,cascade,marginal,dynamic-table \

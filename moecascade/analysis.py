@@ -34,8 +34,9 @@ class StepTime:
     Attributes:
         k: Drafts verified.
         steps: How many steps.
-        cost: Their mean time over the mean of steps without drafts, request by request: the median.
-        low: 25th percentile over requests.
+        cost: Their mean time over the mean of steps without drafts, request by request: the median
+            over steps, each with its request's mean.
+        low: 25th percentile likewise.
         high: 75th.
     """
 
@@ -173,7 +174,7 @@ class Calibration:
 
     Attributes:
         k: Drafts verified.
-        steps: How many steps.
+        steps: How many steps that can be judged, see `AtK.judged`.
         expected: Share of the drafts that were expected to be accepted; None at 0.
         accepted: Share that was.
         time_error: Median of ``|expected - measured| / measured`` step time.
@@ -193,9 +194,10 @@ def calibration(rows: Iterable[Row], policy: str) -> list[Calibration]:
         if row.policy == policy and row.concurrency == 1:
             for at in row.by_k:
                 if at.expected_tokens is not None and at.seconds_error is not None:
-                    found[at.drafted].append(
-                        (at.steps, at.emitted, at.expected_tokens, at.seconds_error)
-                    )
+                    n, emitted = at.steps, at.emitted
+                    if at.judged:
+                        n, emitted = at.judged, at.judged_emitted
+                    found[at.drafted].append((n, emitted, at.expected_tokens, at.seconds_error))
     made = []
     for k, parts in sorted(found.items()):
         steps = sum(n for n, *_ in parts)
@@ -269,7 +271,7 @@ def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
         tasks = list(dict.fromkeys(row.task for row in rows if condition_of(row) == condition))
         everything = list(workloads(tasks))[-1]
         found = best_static(
-            cell for cell in cells if cell.workload == everything and cell.condition == condition
+            [cell for cell in cells if cell.workload == everything and cell.condition == condition]
         )
         if found is not None:
             best[condition] = found.policy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecascade import launch, luck
+from moecascade import launch, luck, policies
 from moecascade.client import Reply, chat
 from moecascade.errors import SetupError
 from moecascade.journal import Journal
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 OURSELVES = ("127.0.0.1", "localhost", "::1")
 WARM_UP_TOKENS = 24
-WARM_UP_AT_ONCE = 8  # requests in flight of those that policies are to learn from
 
 
 async def warm_up(
@@ -36,14 +35,15 @@ async def warm_up(
     plan: Plan,
     tell: Callable[[str], None] = lambda _spec: None,
 ) -> None:
-    """Send a short request under each policy, and prompts under those that may learn, unmeasured.
+    """Send a short request under each policy, and prompts under those that learn, unmeasured.
 
     What happens once (code that is compiled, memory that is touched for the first time) is then
-    over, and policies know what those of a server that has served for a while know.
+    over, and policies know what those of a server that has served for a while know. As many are in
+    flight as will be: some policies learn what holds for one batch size alone.
     """
     settings = plan.settings
+    most = max(settings.concurrencies)
     for spec in settings.measured:
-        most = max(settings.concurrencies)
         await asyncio.gather(
             *(
                 chat(
@@ -57,7 +57,7 @@ async def warm_up(
                 for i in range(most)
             )
         )
-    gate = asyncio.Semaphore(WARM_UP_AT_ONCE)
+    gate = asyncio.Semaphore(most)
 
     async def one(spec: str, i: int, prompt: Prompt) -> None:
         async with gate:
@@ -72,7 +72,7 @@ async def warm_up(
             )
 
     for spec in settings.measured if plan.warm else ():
-        if spec not in (BASELINE, PLAIN) and not spec.startswith("static:"):
+        if spec != PLAIN and policies.learns(spec):
             tell(spec)
             await asyncio.gather(*(one(spec, i, prompt) for i, prompt in enumerate(plan.warm)))
 

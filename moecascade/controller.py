@@ -129,7 +129,11 @@ class Controller:
         group = self._group_of.get(request_id)
         if group is None:
             return {}
-        return self._guarded(group, group.policy.explain, request_id) or {}
+        try:
+            return group.policy.explain(request_id)
+        except Exception as fault:  # noqa: BLE001 -- what is not said harms nobody
+            self._on_fault(group.spec, fault)
+            return {}
 
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)

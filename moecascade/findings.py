@@ -9,7 +9,7 @@ from statistics import median
 from moecascade import analysis, paper, policies
 from moecascade.analysis import HINDSIGHT
 from moecascade.policies.dynamic_table import tuned
-from moecascade.rows import BASELINE, Row
+from moecascade.rows import BASELINE, PLAIN, Row
 from moecascade.summary import Cell, totals
 
 ADAPTIVE = ("cascade", "marginal")
@@ -190,6 +190,7 @@ def _tables(cells: Sequence[Cell]) -> list[Finding]:
             if cell.policy.startswith("static:") and cell.speedup is not None
         }
         if len(speedups) > 1:
+            speedups[condition.concurrency, 0] = 1.0  # a table may say that nothing be drafted
             measured.setdefault((condition.model, condition.temperature), {}).update(speedups)
     said = []
     for (model, temperature), speedups in measured.items():
@@ -293,11 +294,13 @@ def _step_times(rows: Sequence[Row]) -> list[Finding]:
 
 
 def _presence(rows: Sequence[Row]) -> list[Finding]:
-    found = analysis.presence([row for row in rows if row.concurrency == 1])
+    runs = {row.run for row in rows if row.policy == PLAIN}
+    rows = [row for row in rows if row.concurrency == 1 and row.run in runs]
+    found = analysis.presence(rows)
     if found is None:
         return []
     made = [Finding("speed of our engine at K = 0 against vLLM without us", change(found))]
-    mine = [r for r in rows if r.policy == BASELINE and r.concurrency == 1 and r.step_seconds]
+    mine = [row for row in rows if row.policy == BASELINE and row.step_seconds]
     if mine:
         whole = sum(row.step_seconds for row in mine)
         handover = sum(row.handover_seconds for row in mine) / whole

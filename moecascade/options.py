@@ -181,4 +181,9 @@ def what_is_right(
 @lru_cache(maxsize=256)
 def _check(spec: str, max_k: int, settings: str) -> None:
     """Raise ConfigError where a policy cannot be made. Making one takes a millisecond or two."""
-    policies.create(spec, max_k, json.loads(settings))
+    try:
+        policies.create(spec, max_k, json.loads(settings))
+    except ConfigError:
+        raise
+    except Exception as fault:  # noqa: BLE001 -- whatever a number like 10**400 leads to
+        raise ConfigError(f"policy {spec[:80]!r} cannot be made: {fault!r:.80}") from None

@@ -10,6 +10,7 @@ the tokens after the first of each request over the time that they took, relativ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,10 +63,11 @@ class Conditions:
                 f"{len(self.costs)} costs: give one for each of 0 to {self.max_k} drafts, "
                 f"{self.max_k + 1} in all, or change --max-k"
             )
-        if min(self.costs) <= 0:
-            raise ConfigError(f"cost {min(self.costs)}: give times above 0")
-        if self.noise < 0:
-            raise ConfigError(f"noise {self.noise}: give 0 or more")
+        for cost in self.costs:
+            if not 0 < cost < math.inf:
+                raise ConfigError(f"cost {cost} (--cost): give times above 0")
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise {self.noise} (--noise): give 0 or more")
         if self.batch < 1:
             raise ConfigError(f"batch {self.batch}: give 1 or more")
         if not 1 <= self.ngram_min <= self.ngram_max:
@@ -166,7 +168,7 @@ def play(
             running.append(_begin(queue.pop(), len(queue), chooser, conditions))
         for r in running:
             room = len(r.outcome.trace.output) - r.at
-            r.proposal = r.drafter.propose()[:room]
+            r.proposal = r.drafter.propose()[: room - 1]  # as the plugin cuts it: one comes anyway
         ks = _oracle(running, conditions) if chooser is None else _ask(chooser, running)
         _step(running, ks, chooser, conditions, float(np.exp(random.normal(0, conditions.noise))))
         still = []
@@ -202,8 +204,7 @@ def _ask(policy: Policy, running: Sequence[_Running]) -> list[int]:
 def _oracle(running: Sequence[_Running], conditions: Conditions) -> list[int]:
     """Return the numbers of right tokens that make tokens per time of this step highest."""
     n = len(running)
-    # A step gives one token more than were right, so the last token left needs no draft.
-    right = [min(r.matching(), len(r.outcome.trace.output) - r.at - 1) for r in running]
+    right = [r.matching() for r in running]
     total = max(range(sum(right) + 1), key=lambda d: (n + d) / conditions.cost(n + d))
     ks = [0] * n
     for i, room in enumerate(right):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +30,12 @@ class AtK:
         steps: Steps.
         emitted: Tokens that they gave.
         seconds: Their time.
-        expected_tokens: Tokens that the policy expected of them, None where it says nothing.
-        seconds_error: Median over them of ``|expected - measured| / measured`` step time, likewise.
+        expected_tokens: Tokens that the policy expected of those that can be judged, None where it
+            says nothing.
+        seconds_error: Median over all of ``|expected - measured| / measured`` step time, likewise.
+        judged: How many steps show which drafts were right: all but the request's last, of which
+            the answer's end cuts off what was right as well. 0 in rows of before 26 November 2026.
+        judged_emitted: Tokens that those gave.
     """
 
     drafted: int
@@ -41,6 +44,8 @@ class AtK:
     seconds: float
     expected_tokens: float | None = None
     seconds_error: float | None = None
+    judged: int = 0
+    judged_emitted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ class Row:
         handover_seconds: Part of it that drafts took from vLLM's worker to its scheduler.
         by_k: The steps by drafts verified.
         accepted_at: How often the first, second, ... token of a draft was accepted, and
-        drafted_at: how often it was verified.
+        drafted_at: how often it was verified, in the steps that can be judged (`AtK.judged`).
         utility: What the policy took for the utility of its steps, on average by their time; None
             where it says nothing.
         series: Each step's (K, tokens, seconds, utility or None); of few requests, to be drawn.
@@ -154,8 +159,7 @@ class Steps:
     controller_seconds: float = 0.0
     handover_seconds: float = 0.0
     _drafts: list[tuple[int, int]] = field(default_factory=list)
-    _expected: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    _errors: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _expected: list[tuple[float | None, float | None]] = field(default_factory=list)
 
     def add(
         self, part: Mapping[str, Any], seconds: float, controller: float, handover: float
@@ -165,15 +169,15 @@ class Steps:
         self._drafts.append((part["drafted"], part["emitted"]))
         self.controller_seconds += controller
         self.handover_seconds += handover
-        if (tokens := part.get("expected_tokens")) is not None:
-            self._expected[part["drafted"]].append(tokens)
-        if seconds and (expected := part.get("expected_seconds")) is not None:
-            self._errors[part["drafted"]].append(abs(expected - seconds) / seconds)
+        time = part.get("expected_seconds")
+        error = abs(time - seconds) / seconds if seconds and time is not None else None
+        self._expected.append((part.get("expected_tokens"), error))
 
     def fields(self, keep_series: bool) -> dict[str, Any]:
         """Return the fields of a `Row`."""
         drafts = [drafted for drafted, _ in self._drafts]
-        longest = max(drafts, default=0)
+        judged = self._drafts[:-1]
+        longest = max((drafted for drafted, _ in judged), default=0)
         return {
             "steps": len(self.series),
             "emitted": sum(emitted for _, emitted in self._drafts),
@@ -185,10 +189,10 @@ class Steps:
             "handover_seconds": self.handover_seconds,
             "by_k": tuple(self._at(drafted) for drafted in sorted(set(drafts))),
             "accepted_at": tuple(
-                sum(emitted > j + 1 and drafted > j for drafted, emitted in self._drafts)
+                sum(emitted > j + 1 and drafted > j for drafted, emitted in judged)
                 for j in range(longest)
             ),
-            "drafted_at": tuple(sum(drafted > j for drafted in drafts) for j in range(longest)),
+            "drafted_at": tuple(sum(drafted > j for drafted, _ in judged) for j in range(longest)),
             "utility": self._utility(),
             "series": tuple(self.series) if keep_series else (),
         }
@@ -199,16 +203,19 @@ class Steps:
         return sum(u * seconds for u, seconds in known) / time if time else None
 
     def _at(self, drafted: int) -> AtK:
-        pairs = list(zip(self._drafts, self.series, strict=True))
-        mine = [step for (d, _), step in pairs if d == drafted]
-        expected, errors = self._expected.get(drafted), self._errors.get(drafted)
+        mine = [i for i, (verified, _) in enumerate(self._drafts) if verified == drafted]
+        judged = [i for i in mine if i + 1 < len(self._drafts)]
+        expected = [tokens for i in judged if (tokens := self._expected[i][0]) is not None]
+        errors = [error for i in mine if (error := self._expected[i][1]) is not None]
         return AtK(
             drafted=drafted,
             steps=len(mine),
-            emitted=sum(emitted for _, emitted, _, _ in mine),
-            seconds=sum(seconds for _, _, seconds, _ in mine),
+            emitted=sum(self._drafts[i][1] for i in mine),
+            seconds=sum(self.series[i][2] for i in mine),
             expected_tokens=sum(expected) if expected else None,
             seconds_error=statistics.median(errors) if errors else None,
+            judged=len(judged),
+            judged_emitted=sum(self._drafts[i][1] for i in judged),
         )
 
 

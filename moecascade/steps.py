@@ -30,6 +30,11 @@ class RequestStep:
     emitted: int
     tokens: Sequence[int] = ()
 
+    @property
+    def accepted(self) -> int:
+        """Drafts that were accepted, as far as the step's tokens tell."""
+        return max(0, min(self.emitted - 1, self.drafted))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

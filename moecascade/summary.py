@@ -343,11 +343,12 @@ def fastest(cells: Iterable[Cell]) -> str | None:
     return best.policy if best.low > max(others, default=1.0) else None
 
 
-def best_static(cells: Iterable[Cell]) -> Cell | None:
-    """Return the fixed K that was best in hindsight among `cells`, None where there was none.
+def best_static(cells: Sequence[Cell]) -> Cell | None:
+    """Return the fixed K that was best in hindsight among `cells`, None where none was measured.
 
     Under one condition and workload it is what a table of K by batch size, tuned on this very run,
-    would have used: the bar that vLLM's users name.
+    would have used: the bar that vLLM's users name. Such a table may say 0, so the baseline is one.
     """
     static = [c for c in cells if c.policy.startswith("static:") and c.speedup is not None]
-    return max(static, key=lambda cell: cell.speedup or 0.0, default=None)
+    base = [c for c in cells if c.policy == BASELINE and c.speedup is not None]
+    return max([*static, *base], key=lambda cell: cell.speedup or 0.0) if static else None

@@ -48,7 +48,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ConfigError: The file cannot be read, or a line is not a JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # strings may hold other line ends
     except OSError as error:
         raise ConfigError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
@@ -122,7 +124,8 @@ class TraceLog:
 
     def begin(self, request_id: str, task: str, prompt: Sequence[int]) -> None:
         """A request begins."""
-        self._open[request_id] = _Open(task, prompt)
+        # A copy: in a streaming session vLLM lengthens its list by the answer and what comes next.
+        self._open[request_id] = _Open(task, tuple(prompt))
 
     def step(self, step: Step) -> None:
         """Take a step's part of each request."""

@@ -153,5 +153,7 @@ class Baseline:
     def _reading(self, positions: int) -> _Reading:
         reading = self._readings.get(positions)
         if reading is None:
-            reading = self._readings[positions] = _Reading(deque(maxlen=self.window))
+            reading = self._readings[positions] = _Reading(
+                deque(maxlen=max(self.window, self._steps))
+            )
         return reading

@@ -164,7 +164,7 @@ def _file(path: Path) -> list[Any]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # strings may hold other line ends
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -21,9 +21,11 @@ import pytest
 
 from moecascade.cli import app
 
-# A slow machine is no failure, and a first call may compile or import.
-hypothesis.settings.register_profile("moecascade", deadline=None)
-hypothesis.settings.load_profile("moecascade")
+# A slow machine is no failure, and a first call may compile or import. The same examples each
+# time: what chance finds must not fail somebody else's change. HYPOTHESIS_PROFILE=explore looks on.
+hypothesis.settings.register_profile("moecascade", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moecascade"))
 
 # Read when vLLM is imported; nothing here imports it before.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and test share a process

@@ -406,7 +406,7 @@ def test_the_step_log_is_joined_by_the_name_within_vllms_name():
     assert (first["steps"], first["emitted"], first["drafted"]) == (2, 4, 2)
     assert (first["k_total"], first["steps_at_0"]) == (3, 1)
     assert first["step_seconds"] == pytest.approx(0.3)
-    assert first["by_k"] == (AtK(0, 1, 1, 0.2), AtK(2, 1, 3, 0.1))
+    assert first["by_k"] == (AtK(0, 1, 1, 0.2), AtK(2, 1, 3, 0.1, judged=1, judged_emitted=3))
     assert first["drafted_at"] == first["accepted_at"] == (1, 1)
     assert first["series"] == ((3, 3, 0.1, None), (0, 1, 0.2, None))
     second = found["mc-0a0b0c0d-00002"].fields(keep_series=False)
@@ -435,12 +435,14 @@ def test_what_a_policy_expected_stands_beside_what_came():
     ]
     fields = tally(log)["mc-0a0b0c0d-00001"].fields(keep_series=False)
     (at,) = fields["by_k"]
-    assert (at.emitted, at.expected_tokens) == (6, 6.0)
+    # The answer's end cuts the last step short, so it says nothing of what was right in it.
+    assert (at.steps, at.emitted, at.judged, at.judged_emitted) == (3, 6, 2, 4)
+    assert at.expected_tokens == 4.0
     assert at.seconds_error == pytest.approx(0.25)  # of 0, 0.25 and 0.5
     assert fields["utility"] == pytest.approx((0.1 + 0.064 + 0.4) / 0.38)  # by time
     assert fields["controller_seconds"] == pytest.approx(0.003)
     assert fields["handover_seconds"] == pytest.approx(0.006)
-    assert (fields["drafted_at"], fields["accepted_at"]) == ((3, 3), (2, 1))
+    assert (fields["drafted_at"], fields["accepted_at"]) == ((2, 2), (1, 1))
 
 
 def test_tokens_of_the_first_message_are_not_counted_as_decoded():

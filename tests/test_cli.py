@@ -349,6 +349,7 @@ def test_doctor_finds_this_machine_able_to_serve():
 
 def test_doctor_sees_a_port_in_use():
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind(("", 8000))
         except OSError:

@@ -510,3 +510,23 @@ def test_caps_hold_and_nothing_is_left_of_dropped_requests() -> None:
     policy.drop("r")
     policy.drop("none")
     assert policy._requests == {}
+
+
+def test_what_is_said_of_a_request_that_missed_a_decision_is_of_its_own_last_step() -> None:
+    """One that was preempted: decided about, then left out of a decision without drafts."""
+    policy = create("marginal", 8)
+    text = [1, 2, 3, 4, 5, 6, 7, 8] * 12
+    for name in "ab":
+        policy.add(name, 8, text)
+    draft = [1, 2, 3, 4, 5, 6, 7, 8]
+    for _ in range(12):
+        policy.decide([Proposal(name, draft) for name in "ab"])
+        parts = tuple(RequestStep(name, 8, 9, [*draft, 1]) for name in "ab")
+        policy.observe(Step(0.1, True, parts))
+        text = [*text, *draft, 1]
+    (decided, _) = policy.decide([Proposal("a", draft), Proposal("b", draft)])
+    assert decided.k > 0
+    policy.decide([Proposal("b", [])])
+    said = policy.explain("a")
+    assert said["k"] == decided.k
+    assert 0 < said["utility"] < 9

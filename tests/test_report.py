@@ -319,7 +319,7 @@ def test_the_best_table_is_of_batch_sizes_at_which_there_was_a_choice(rows: list
     ]
     made = findings([*alone, *crowd], [], summarise([*alone, *crowd]), [], [])
     (line,) = [f.ours for f in made if f.what.startswith("the best table")]
-    best = best_static(c for c in summarise(alone) if c.workload == ALL)
+    best = best_static([c for c in summarise(alone) if c.workload == ALL])
     assert best is not None
     assert line == f"local, T = 0: K = {best.policy.removeprefix('static:')}"
 

@@ -21,6 +21,7 @@ from moecascade.launch import Launch
 from moecascade.server import Server
 
 PATIENCE = 60.0
+PATIENT = "import moecascade.supervisor as s; s.main()"
 QUICK = (
     "import moecascade.supervisor as s; s.GRACE_SECONDS = s.ORPHAN_GRACE_SECONDS = 0.5; s.main()"
 )
@@ -57,11 +58,12 @@ def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("MOECASCADE_TEST") == mark:
+            ours = process.pid != os.getpid() and process.environ().get("MOECASCADE_TEST") == mark
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue
-    return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return found
 
 
 def wait_until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
@@ -80,8 +82,8 @@ def python(script: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(script)]
 
 
-def supervised(script: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", QUICK, *python(script)]
+def supervised(script: str, supervisor: str = QUICK) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", supervisor, *python(script)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
@@ -160,14 +162,14 @@ POLITE = """
 
 
 def test_a_head_may_end_in_its_own_way_when_the_lifeline_closes():
-    with supervised(POLITE) as process:
+    with supervised(POLITE, PATIENT) as process:
         head_ready(process)
         close_lifeline(process)
         assert process.wait(PATIENCE) == 6
 
 
 def test_signals_are_passed_on_to_the_head():
-    with supervised(POLITE) as process:
+    with supervised(POLITE, PATIENT) as process:
         head_ready(process)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 7

@@ -25,6 +25,15 @@ def test_an_empty_window_is_no_speculation() -> None:
     assert (Tally().etr, Tally().cost, Tally().utility) == (1.0, 1.0, 1.0)
 
 
+def test_a_baseline_may_need_more_samples_than_are_kept_for_free() -> None:
+    baseline = Baseline(Baseline.window + 4, 100)
+    for i in range(Baseline.window + 4):
+        assert baseline.due(1), i
+        baseline.observe(1, 0.1)
+    assert baseline.at(1) == 0.1
+    assert not baseline.due(1)
+
+
 @given(times, times)
 def test_for_one_request_cost_is_the_paper_s(seconds: float, baseline: float) -> None:
     assert cost_share(seconds, baseline, 1, 3, 3) == pytest.approx(seconds / baseline)

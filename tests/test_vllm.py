@@ -52,6 +52,7 @@ class RandomK:
     name: ClassVar[str] = "random"
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[Nothing]] = Nothing
+    learns: ClassVar[bool] = False
 
     def __init__(self, settings: Nothing, max_k: int) -> None:
         self._random = random.Random(0)
@@ -121,7 +122,9 @@ def test_greedy_output_is_the_same_under_every_policy(engine: Engine) -> None:
         drafted[spec] = {r["drafted"] for step in steps for r in step["requests"]}
         emitted = sum(r["emitted"] for step in steps for r in step["requests"])
         assert emitted == sum(map(len, outputs))
-    assert drafted["static:3"] == {0, 1, 2, 3} or drafted["static:3"] == {0, 3}
+    assert (
+        {0, 3} <= drafted["static:3"] <= {0, 1, 2, 3}
+    )  # near its end an answer has room for fewer
     assert len(drafted["random"]) > 4
     assert max(drafted["cascade"]) >= 1
 
@@ -174,7 +177,9 @@ def test_preempted_requests_go_on_losslessly_and_leave_no_state(engine: Engine) 
 
     def run() -> None:
         for i, prompt in enumerate(prompts):
-            engine.add(f"preempt-{i}", prompt, policy(["random", "cascade"][i % 2]), length)
+            engine.add(
+                f"preempt-{i}", prompt, policy(["random", "cascade", "marginal"][i % 3]), length
+            )
         outputs: dict[str, list[int]] = {}
         while engine.llm.llm_engine.has_unfinished_requests():
             requests.update(scheduler.requests)
@@ -185,7 +190,9 @@ def test_preempted_requests_go_on_losslessly_and_leave_no_state(engine: Engine) 
         assert len(outputs) == len(prompts)
         assert all(len(tokens) == length for tokens in outputs.values())
 
+    faults = dict(engine.scheduler.cascade_faults)
     steps = engine.steps_of(run)
+    assert dict(engine.scheduler.cascade_faults) == faults
     assert preempted[0] > 0
     # the steps that recompute a preempted request are not taken for decoding
     assert any(not step["decode"] for step in steps[10:])
@@ -454,7 +461,8 @@ def test_sampled_text_is_distributed_as_without_speculation(ngram_engine: Engine
     for place in range(1, length):  # the first token comes with the prompt
         squares, freedom = difference(plain[place], drafted[place])
         assert freedom >= 2
-        assert squares < freedom + 4 * (2 * freedom) ** 0.5, place
+        # One in some thousand draws of equal distributions lies above (Laurent and Massart 2000).
+        assert squares < freedom + 2 * (5 * freedom) ** 0.5 + 2 * 5, place
 
 
 def difference(a: Counter[int], b: Counter[int]) -> tuple[float, int]:

@@ -111,23 +111,17 @@ def bench(
         max_tokens=max_tokens,
         seed=seed,
     )
-    if url is not None and context.args:
-        raise ConfigError(
-            f"--url {url}: the server is running, so {context.args[0]!r} can go to none"
-            f"{nearest(context.args[0], _options(context))}; leave it out"
-        )
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"--minutes {minutes}: give a number above 0")
     warm, left = workloads.apart(workloads.read(prompts or []), warm_up)
     plan = Plan(workloads.mix(left, prompts_per_task), settings, warm)
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models {models!r}: name at least one, and each only once")
-    if url is not None and (len(names) > 1 or PLAIN in settings.measured):
-        raise ConfigError(
-            f"--url {url}: a running server has one model and the plugin; name one model and leave "
-            f"{PLAIN!r} out"
-        )
     if url is None:
         compat.check_version()
+    else:
+        _check_running(url, names, settings, context)
     screen = Console(stderr=True)
     measure.make_folder(out)
     arguments: dict[str, Any] = {
@@ -175,9 +169,19 @@ def bench(
     )
 
 
-def _options(context: typer.Context) -> list[str]:
-    """Return the names of this command's options."""
-    return [name for parameter in context.command.params for name in parameter.opts]
+def _check_running(url: str, models: list[str], settings: Settings, context: typer.Context) -> None:
+    """Refuse what cannot be asked of a server that is running."""
+    if len(models) > 1 or PLAIN in settings.measured:
+        raise ConfigError(
+            f"--url {url}: a running server has one model and the plugin; name one model and leave "
+            f"{PLAIN!r} out"
+        )
+    if context.args:
+        options = [name for parameter in context.command.params for name in parameter.opts]
+        raise ConfigError(
+            f"--url {url}: the server is running, so {context.args[0]!r} can go to none"
+            f"{nearest(context.args[0], options)}; leave it out"
+        )
 
 
 def _numbers(name: str, text: str, kind: type) -> tuple[float, ...]:

@@ -78,6 +78,7 @@ def serve_and_measure(
     blocks = _blocks(plan, model)
     folder, local_name = find_model(model)
     settings = plan.settings
+    flags = [*_without_reuse(flags), *flags]
     where = ["--host", HOST, "--port"]
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch, ExitStack() as stack:
         log, texts = Path(scratch) / "steps.jsonl", Path(scratch) / "traces.jsonl"
@@ -86,7 +87,7 @@ def serve_and_measure(
             BASELINE: launch.plan(
                 folder,
                 [*where, str(server.free_port(HOST)), *flags],
-                max_k=None if _chooses_drafter(flags) else settings.max_k,
+                max_k=None if chooses_drafter(flags) else settings.max_k,
                 step_log=log,
                 trace_log=texts if sampled else None,
                 local_name=local_name,
@@ -154,5 +155,16 @@ def _on(shown: Progress, bar: TaskID, model: str, blocks: int) -> Callable[[str,
     return tell
 
 
-def _chooses_drafter(flags: Sequence[str]) -> bool:
+def _without_reuse(flags: Sequence[str]) -> list[str]:
+    """Return what keeps servers from reusing a prompt's KV cache, where the user did not decide.
+
+    Every policy gets the same prompts, and all but the first would find theirs computed.
+    """
+    names = ("enable-prefix-caching", "no-enable-prefix-caching")
+    decided = any(name in launch.Flags(flags) for name in names)
+    return [] if decided else ["--no-enable-prefix-caching"]
+
+
+def chooses_drafter(flags: Sequence[str]) -> bool:
+    """Return whether the user chose a drafter, and with it how long drafts are."""
     return "speculative-config" in launch.Flags(flags)

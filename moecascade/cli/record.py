@@ -70,6 +70,7 @@ def record(
     )
     policies.create(policy, settings.max_k)
     files, flags = files_and_flags(prompts or [])
+    given = [*flags, *context.args]
     asked = workloads.mix(workloads.read(files), prompts_per_task)
     compat.check_version()
     measure.make_folder(out.parent)
@@ -83,7 +84,8 @@ def record(
         log = Path(scratch) / "traces.jsonl"
         planned = launch.plan(
             folder,
-            ["--host", measure.HOST, "--port", str(server.free_port()), *flags, *context.args],
+            ["--host", measure.HOST, "--port", str(server.free_port()), *given],
+            max_k=None if measure.chooses_drafter(given) else settings.max_k,
             trace_log=log,
             local_name=local_name,
         )

@@ -62,6 +62,8 @@ def replay(
     if drafter != "ngram":
         raise ConfigError(f"unknown drafter {drafter!r}; allowed: ngram")
     specs = [spec for spec in registry.split(policies) if spec]
+    if not specs:
+        raise ConfigError(f"--policies {policies!r}: name at least one")
     for spec in specs:
         if spec != replaying.ORACLE:
             registry.create(spec, max_k)

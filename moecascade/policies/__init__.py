@@ -69,6 +69,11 @@ def classes() -> Mapping[str, type[Policy]]:
     return _REGISTRY
 
 
+def learns(spec: str) -> bool:
+    """Return whether the policy of a valid spec gains by the requests that it has served."""
+    return _REGISTRY[parse(spec)[0]].learns
+
+
 def applicable(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the facts of a model that a policy takes as settings."""
     if name not in _REGISTRY:
@@ -123,7 +128,7 @@ def parse(spec: str) -> tuple[str, str | None, dict[str, Any]]:
             for item in split(inside[:-1]):
                 key, _, value = item.partition("=")
                 values[key.strip()] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(
                 f"policy {spec!r}: settings have the form {plain}[name=value,...]"
             ) from None
@@ -147,6 +152,7 @@ __all__ = [
     "applicable",
     "classes",
     "create",
+    "learns",
     "names",
     "parse",
     "register",

@@ -68,6 +68,7 @@ class Bandit(OneForAll):
     name: ClassVar[str] = "bandit"  # type: ignore[misc]
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[BanditSettings]] = BanditSettings
+    learns: ClassVar[bool] = True
 
     def __init__(self, settings: BanditSettings, max_k: int) -> None:
         """Make the policy; see `Policy`. Arms above `max_k` are left out."""

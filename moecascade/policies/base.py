@@ -19,11 +19,13 @@ class Policy(Protocol):
         name: The name that specs and results use.
         argument: The field of `Settings` that a spec gives after a colon (``static:3``), or "".
         Settings: Frozen dataclass of the policy's constants, each with its default.
+        learns: Whether one request teaches it anything that the next ones gain by.
     """
 
     name: ClassVar[str]
     argument: ClassVar[str]
     Settings: ClassVar[type[Any]]
+    learns: ClassVar[bool]
 
     def __init__(self, settings: Any, max_k: int) -> None:
         """Make a policy for an engine that can verify at most `max_k` drafts a request."""

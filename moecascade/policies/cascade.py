@@ -133,6 +133,7 @@ class Cascade:
     name: ClassVar[str] = "cascade"
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[CascadeSettings]] = CascadeSettings
+    learns: ClassVar[bool] = False
 
     def __init__(self, settings: CascadeSettings, max_k: int) -> None:
         """Make the policy; see `Policy`."""

@@ -58,6 +58,7 @@ class DynamicTable(OneForAll):
     name: ClassVar[str] = "dynamic-table"  # type: ignore[misc]
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[TableSettings]] = TableSettings
+    learns: ClassVar[bool] = False
 
     def __init__(self, settings: TableSettings, max_k: int) -> None:
         """Make the policy; see `Policy`."""

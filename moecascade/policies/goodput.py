@@ -59,6 +59,7 @@ class Goodput(OneForAll):
     name: ClassVar[str] = "goodput"  # type: ignore[misc]
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[GoodputSettings]] = GoodputSettings
+    learns: ClassVar[bool] = True
 
     def __init__(self, settings: GoodputSettings, max_k: int) -> None:
         """Make the policy; see `Policy`."""
@@ -96,7 +97,7 @@ class Goodput(OneForAll):
             self._trying.pop(0)
         for part in parts:
             if part.drafted:
-                right = min(part.emitted - 1, part.drafted)
+                right = part.accepted
                 self._accepted = self._keep * self._accepted + right
                 self._compared = self._keep * self._compared + min(right + 1, part.drafted)
         if seconds is not None:

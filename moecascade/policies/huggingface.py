@@ -44,6 +44,7 @@ class HuggingFace:
     name: ClassVar[str] = "hf-heuristic"
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[HuggingFaceSettings]] = HuggingFaceSettings
+    learns: ClassVar[bool] = False
 
     def __init__(self, settings: HuggingFaceSettings, max_k: int) -> None:
         """Make the policy; see `Policy`."""

@@ -114,6 +114,7 @@ class _Request:
     tokens: int = 0  # that it was given in decode steps: baseline steps it would have taken
     survival: Sequence[float] = ()  # of its latest draft, as judged by text
     k: int = 0
+    batch: tuple[int, int] = (1, 0)  # requests and drafts of the step that it was decided for
     state: int = FIRST  # of its history
     draft: Sequence[int] = ()  # the latest, while history judges
 
@@ -124,6 +125,7 @@ class Marginal:
     name: ClassVar[str] = "marginal"
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[MarginalSettings]] = MarginalSettings
+    learns: ClassVar[bool] = True
 
     def __init__(self, settings: MarginalSettings, max_k: int) -> None:
         """Make the policy; see `Policy`."""
@@ -167,12 +169,12 @@ class Marginal:
                 r.record.shadow = None  # nobody will score it
         self._crowded = crowded
         ks = (self._in_crowd if crowded else self._by_text)(proposals, requests)
-        self._batch = (len(proposals) + self._others, sum(ks))
+        self._batch = batch = (len(proposals) + self._others, sum(ks))
         self._decided = requests
         self._ahead_for -= 1
         decisions = []
         for r, k in zip(requests, ks, strict=True):
-            r.k = k
+            r.k, r.batch = k, batch
             decisions.append(r.decisions[k])
         return decisions
 
@@ -342,7 +344,7 @@ class Marginal:
         r = self._requests[request_id]
         survival = self._survival(r)
         tokens = 1.0 + sum(survival[: r.k])
-        n, drafts = self._batch
+        n, drafts = r.batch
         passes = max(0, self._ahead - 1)
         cost = self._costs.cost(n, drafts) + passes * self._costs.pass_cost(n)
         cost = cost_share(cost, 1.0, n, r.k, drafts)

@@ -20,6 +20,7 @@ class Off:
     name: ClassVar[str] = "off"
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[OffSettings]] = OffSettings
+    learns: ClassVar[bool] = False
 
     def __init__(self, settings: OffSettings, max_k: int) -> None:
         """Make the policy; both arguments are there for the registry's sake."""

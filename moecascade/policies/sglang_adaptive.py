@@ -118,6 +118,7 @@ class SglangAdaptive(OneForAll):
     name: ClassVar[str] = "sglang-adaptive"  # type: ignore[misc]
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[SglangSettings]] = SglangSettings
+    learns: ClassVar[bool] = True
 
     def __init__(self, settings: SglangSettings, max_k: int) -> None:
         """Make the policy; see `Policy`. Candidates above `max_k` are left out."""
@@ -134,7 +135,7 @@ class SglangAdaptive(OneForAll):
     def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
         """Update the tier that the step ran under."""
         tier = self._tier(len(parts))
-        accepted = [min(part.emitted - 1, part.drafted) for part in parts if part.drafted]
+        accepted = [part.accepted for part in parts if part.drafted]
         if accepted or not tier.k:
             tier.update(max(0.0, sum(accepted) / max(1, len(accepted))))
 

@@ -27,6 +27,7 @@ class Static:
     name: ClassVar[str] = "static"
     argument: ClassVar[str] = "k"
     Settings: ClassVar[type[StaticSettings]] = StaticSettings
+    learns: ClassVar[bool] = False
 
     def __init__(self, settings: StaticSettings, max_k: int) -> None:
         """Make the policy; ConfigError where K is not within 0 and `max_k`."""

@@ -81,6 +81,7 @@ class SurvivalBudget:
     name: ClassVar[str] = "survival-budget"
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[SurvivalSettings]] = SurvivalSettings
+    learns: ClassVar[bool] = True
 
     def __init__(self, settings: SurvivalSettings, max_k: int) -> None:
         """Make the policy; see `Policy`."""
@@ -166,7 +167,7 @@ def _survived(draft: Sequence[int], part: RequestStep) -> tuple[int, int]:
     Where the engine does not tell tokens, that is known of verified drafts alone.
     """
     if not part.tokens:
-        return min(part.emitted - 1, part.drafted), part.drafted
+        return part.accepted, part.drafted
     known = min(len(draft), len(part.tokens))
     right = 0
     while right < known and draft[right] == part.tokens[right]:

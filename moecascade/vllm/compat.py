@@ -236,6 +236,15 @@ def prompt_tokens(request: Request) -> Sequence[int]:
     return request.prompt_token_ids or ()
 
 
+def room(request: Request) -> int:
+    """Return how many drafts a request can still use: with none, a step gives the last token.
+
+    vLLM verifies what lies beyond `max_tokens` and drops it.
+    """
+    left: int = request.max_tokens - request.num_output_tokens - 1
+    return max(0, left)
+
+
 def emitted(output: ModelRunnerOutput, request_id: str) -> Sequence[int]:
     """Return the tokens that the step gave a request.
 

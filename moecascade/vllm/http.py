@@ -85,7 +85,7 @@ def _problem(
             request_options(extra_args, max_k, settings_of)
     except ConfigError as error:
         return str(error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None  # vLLM says what is wrong with it
     return None
 

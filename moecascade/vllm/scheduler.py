@@ -246,15 +246,15 @@ class Scheduler(VllmScheduler):
         return compat.with_drafts(proposed, list(drafts.values()))
 
     def _usable(self, draft: list[int], request: Request) -> list[int]:
-        """Return a draft, empty where it holds nothing that the drafter thought of."""
+        """Return what of a draft the drafter thought of, and the answer has room for."""
         if self._draftless:
             return []
         if draft and not compat.told(draft):
             self._report("drafts", "vLLM's worker does not tell them, so none is verified")
             return []
         if draft and self._fills_up:
-            return compat.without_fill(draft, request.all_token_ids)
-        return draft
+            draft = compat.without_fill(draft, request.all_token_ids)
+        return draft[: compat.room(request)]
 
     # ---- faults ----------------------------------------------------------------------------------
 
