@@ -139,7 +139,7 @@ class _Running:
 
 def play(
     traces: Sequence[Trace],
-    policy: str,
+    policy: str | Policy,
     conditions: Conditions,
     options: Mapping[str, object] | None = None,
     tell: Callable[[int], None] = lambda _tokens: None,
@@ -148,10 +148,11 @@ def play(
 
     Args:
         traces: The requests.
-        policy: A policy's spec, or `ORACLE`, which knows how many draft tokens are right and uses
-            the number of them that makes the step's rate highest.
+        policy: A policy's spec; or `ORACLE`, which knows how many draft tokens are right and uses
+            the number of them that makes the step's rate highest; or a policy that has served
+            others before.
         conditions: Costs, noise, drafter, batch.
-        options: Settings of the policy.
+        options: Settings of the policy that a spec names.
         tell: Told now and then how many tokens have been replayed since it was last told.
 
     Returns:
@@ -160,7 +161,11 @@ def play(
     random = np.random.default_rng(conditions.seed)
     queue = [traces[i] for i in random.permutation(len(traces)) if len(traces[i].output) > 1]
     queue.reverse()
-    chooser = None if policy == ORACLE else create(policy, conditions.max_k, options)
+    chooser: Policy | None = None
+    if not isinstance(policy, str):
+        chooser = policy
+    elif policy != ORACLE:
+        chooser = create(policy, conditions.max_k, options)
     running: list[_Running] = []
     done: list[Outcome] = []
     while queue or running:

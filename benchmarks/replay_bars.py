@@ -1,0 +1,223 @@
+"""What `marginal` has to reach in replay, on any traces: each bar, and whether it holds.
+
+    moecascade record PROMPTS... --out greedy.jsonl
+    moecascade record PROMPTS... --temperature 0.8 --out sampled.jsonl
+    python benchmarks/replay_bars.py --greedy greedy.jsonl --sampled sampled.jsonl
+
+Takes a minute for some three hundred requests on two cores. Exit code 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from moecascade import policies, replay, traces
+from moecascade.replay import MIXTRAL_LIKE, ORACLE, Conditions
+from moecascade.traces import Trace
+
+STATIC = tuple(f"static:{k}" for k in (1, 2, 3, 5, 8))
+ALL = (*STATIC, "cascade", "marginal", ORACLE)
+STEEPER = tuple(1 + 1.5 * (cost - 1) for cost in MIXTRAL_LIKE)
+TWICE = tuple(1 + 2 * (cost - 1) for cost in MIXTRAL_LIKE)
+DENSE = tuple(1 + 0.005 * k for k in range(len(MIXTRAL_LIKE)))
+CURVES = {"Mixtral-like": tuple(MIXTRAL_LIKE), "1.5 times as steep": STEEPER, "dense": DENSE}
+NOISE = 0.05
+ADVANTAGE = {"greedy": 1.08, "sampled": 1.04}
+CLOSED = {"greedy": 0.25, "sampled": 0.15}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One replay: a policy on a set of traces under a curve."""
+
+    name: str
+    curve: str
+    policy: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar, as a person reads it."""
+
+    name: str
+    where: str
+    wanted: str
+    found: str
+    held: bool
+
+
+SETS: dict[str, list[Trace]] = {}  # of each process
+
+
+def read(paths: dict[str, list[Path]]) -> None:
+    """Read the traces, once a process."""
+    SETS.update({name: list(traces.read(files)) for name, files in paths.items() if files})
+
+
+def played(task: Task) -> tuple[Task, dict[str, Any]]:
+    """Replay one task."""
+    conditions = Conditions(CURVES[task.curve], NOISE, task.seed)
+    return task, replay.summarise(replay.play(SETS[task.name], task.policy, conditions))
+
+
+def garbled(trace: Trace, seed: int) -> Trace:
+    """Return a trace in whose output every other token is another: drafts are found, and wrong."""
+    rng = random.Random(seed)
+    output = [rng.randrange(10**6) if rng.random() < 0.5 else token for token in trace.output]
+    return replace(trace, output=tuple(output))
+
+
+def changed(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], float]:
+    """Return how a policy fares after an abrupt change, over one that begins there."""
+    name, what, seed = job
+    whole = SETS[name]
+    order = random.Random(seed).sample(range(len(whole)), len(whole))
+    first = [whole[i] for i in order[: len(order) // 2]]
+    rest = [whole[i] for i in order[len(order) // 2 :]]
+    if what == "acceptance collapses":
+        rest = [garbled(trace, i) for i, trace in enumerate(rest)]
+    costs = TWICE if what == "costs double" else MIXTRAL_LIKE
+    served = policies.create("marginal", len(costs) - 1)
+    replay.play(first, served, Conditions(MIXTRAL_LIKE, NOISE, seed))
+    after = Conditions(costs, NOISE, seed + 1)
+    speeds = [
+        replay.summarise(replay.play(rest, policy, after))["speedup"]
+        for policy in (served, "marginal")
+    ]
+    return job, float(speeds[0]) / float(speeds[1])  # type: ignore[arg-type]
+
+
+def bars(
+    found: dict[Task, dict[str, Any]], after: dict[tuple[str, str, int], float]
+) -> Iterator[Bar]:
+    """Yield the bars of the traces that there are."""
+
+    def mean(name: str, curve: str, policy: str) -> float:
+        return fmean(
+            row["speedup"]
+            for task, row in found.items()
+            if (task.name, task.curve, task.policy) == (name, curve, policy)
+        )
+
+    for name in dict.fromkeys(task.name for task in found):
+        curve = "Mixtral-like"
+        cascade, marginal, oracle = (mean(name, curve, p) for p in ("cascade", "marginal", ORACLE))
+        over, wanted = marginal / cascade, ADVANTAGE[name]
+        yield Bar(
+            "over cascade",
+            f"{name}, {curve}",
+            f"{wanted - 1:+.0%}",
+            f"{over - 1:+.1%}",
+            over >= wanted,
+        )
+        closed = (marginal - cascade) / (oracle - cascade)
+        yield Bar(
+            "of the gap to the oracle",
+            f"{name}, {curve}",
+            f"{CLOSED[name]:.0%}",
+            f"{closed:.0%}",
+            closed >= CLOSED[name],
+        )
+        for curve in ("Mixtral-like", "1.5 times as steep"):
+            mine = [
+                row
+                for task, row in found.items()
+                if (task.name, task.curve, task.policy) == (name, curve, "marginal")
+            ]
+            lowest = min(speed for row in mine for speed in row["by_task"].values())
+            worst = min(row["worst_request"] for row in mine)
+            where = f"{name}, {curve}"
+            yield Bar("lowest task", where, "0.995", f"{lowest:.3f}", lowest >= 0.995)
+            yield Bar("worst long request", where, "0.95", f"{worst:.3f}", worst >= 0.95)
+        best = max(mean(name, "dense", policy) for policy in STATIC)
+        level = mean(name, "dense", "marginal") / best
+        yield Bar(
+            "over the best static K", f"{name}, dense", "-1%", f"{level - 1:+.1%}", level >= 0.99
+        )
+        for what in ("costs double", "acceptance collapses"):
+            kept = fmean(value for (n, w, _), value in after.items() if (n, w) == (name, what))
+            yield Bar(
+                f"after {what}, over a fresh start", name, "-2%", f"{kept - 1:+.1%}", kept >= 0.98
+            )
+
+
+def main() -> None:
+    """Replay, print, and say by the exit code whether all bars hold."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for name in ADVANTAGE:
+        parser.add_argument(f"--{name}", nargs="+", type=Path, default=[], metavar="TRACES")
+    parser.add_argument("--seeds", type=int, default=2, help="order and noise, each drawn anew")
+    asked = parser.parse_args()
+    paths = {name: getattr(asked, name) for name in ADVANTAGE if getattr(asked, name)}
+    if not paths:
+        parser.error("give traces: --greedy FILES, --sampled FILES, or both")
+    tasks = [
+        Task(name, curve, policy, seed)
+        for name in paths
+        for curve in CURVES
+        for policy in ALL
+        for seed in range(asked.seeds)
+        if policy in ("marginal", *STATIC) or curve != "dense"
+    ]
+    jobs = [
+        (name, what, seed)
+        for name in paths
+        for what in ("costs double", "acceptance collapses")
+        for seed in range(asked.seeds)
+    ]
+    with (
+        ProcessPoolExecutor(initializer=read, initargs=(paths,)) as pool,
+        Progress(console=Console(stderr=True), transient=True) as shown,
+    ):
+        bar = shown.add_task("replaying", total=len(tasks) + len(jobs))
+        found, after = {}, {}
+        for task, row in pool.map(played, tasks):
+            found[task] = row
+            shown.advance(bar)
+        for job, value in pool.map(changed, jobs):
+            after[job] = value
+            shown.advance(bar)
+    console = Console()
+    console.print(speeds(found))
+    made = list(bars(found, after))
+    table = Table("bar", "traces, curve", "wanted", "found", "", title="marginal in replay")
+    for one in made:
+        mark = "[green]holds[/green]" if one.held else "[bold red]missed[/bold red]"
+        table.add_row(one.name, one.where, one.wanted, one.found, mark)
+    console.print(table)
+    sys.exit(0 if all(one.held for one in made) else 1)
+
+
+def speeds(found: dict[Task, dict[str, Any]]) -> Table:
+    """Return a table of speed-ups, in brackets the worst request of a hundred tokens or more."""
+    places = list(dict.fromkeys((task.name, task.curve) for task in found))
+    table = Table("policy", *(f"{name}, {curve}" for name, curve in places))
+    for policy in ALL:
+        shown: list[str] = []
+        for place in places:
+            rows: Sequence[dict[str, Any]] = [
+                row
+                for task, row in found.items()
+                if (task.name, task.curve, task.policy) == (*place, policy)
+            ]
+            worst = min((row["worst_request"] for row in rows), default=0.0)
+            shown.append(f"{fmean(r['speedup'] for r in rows):.2f} ({worst:.2f})" if rows else "")
+        table.add_row(policy, *shown)
+    return table
+
+
+if __name__ == "__main__":
+    main()
