@@ -15,7 +15,7 @@ import numpy as np
 
 from moecascade import launch, luck, policies
 from moecascade.client import Reply, chat
-from moecascade.errors import SetupError
+from moecascade.errors import SetupError, TooLongError
 from moecascade.journal import Journal
 from moecascade.plan import Block, Plan, Request
 from moecascade.replay import Conditions
@@ -242,7 +242,8 @@ def measure(
 
     Raises:
         ConfigError: There are fewer prompts than requests in flight.
-        SetupError: The server refuses a request or fails.
+        SetupError: The server refuses a request or fails. A round whose prompts do not fit into
+            the model's context is left out.
     """
     asyncio.run(_measure(servers, model, plan, journal, logs or Logs(), deadline, keep_text, tell))
 
@@ -273,7 +274,11 @@ async def _measure(
                 if block.id in done:
                     whole = False
                     continue
-                replies, seconds = await send(servers, model, block, plan.settings.max_tokens)
+                try:
+                    replies, seconds = await send(servers, model, block, plan.settings.max_tokens)
+                except TooLongError:  # under the other policies as well
+                    tell(f"left out, too long: {block.requests[0].prompt.id}", sent)
+                    break
                 steps, references = tally(logs.steps()), logs.references()
                 journal.add(rows_of(model, block, replies, seconds, steps, references, keep_text))
             if whole:  # else it says nothing about how long one takes

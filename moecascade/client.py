@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moecascade.errors import SetupError
+from moecascade.errors import SetupError, TooLongError
 
 if TYPE_CHECKING:
     import httpx
@@ -72,7 +72,8 @@ async def chat(
         xargs: ``vllm_xargs``, such as ``{"cascade_policy": "static:3"}``.
 
     Raises:
-        SetupError: The server refuses or fails, or the connection breaks.
+        SetupError: The server refuses or fails, or the connection breaks; TooLongError where the
+            prompt does not fit into the model's context.
     """
     import httpx
 
@@ -100,7 +101,8 @@ async def chat(
         ) as response:
             if response.status_code != 200:
                 detail = (await response.aread()).decode(errors="replace")
-                raise SetupError(
+                too_long = response.status_code == 400 and "context length" in detail
+                raise (TooLongError if too_long else SetupError)(
                     f"the server answered {response.status_code} to a request for {model!r}: "
                     f"{detail[:500]}"
                 )

@@ -22,6 +22,10 @@ class SetupError(CascadeError):
     """The machine is not ready: vLLM missing or too old, a busy port, a missing model folder."""
 
 
+class TooLongError(SetupError):
+    """A prompt does not fit into the served model's context with the answer asked for."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``' (did you mean ...?)'`` for the allowed name closest to `name`, or ``''``."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

@@ -6,15 +6,17 @@ Read are JSON Lines and JSON files in these forms, told apart by their keys:
     {"question_id", "category", "turns": [...]}     Spec-Bench, MT-Bench: the first turn is asked
     {"task_id", "prompt", "entry_point", ...}       HumanEval as published
     {"question", "answer"}                          GSM8K as published
-    [{"id", "conversations": [{"from", "value"}]}]  ShareGPT: the first human message is asked
+    [{"id", "conversations": [{"from", "value"}]}]  ShareGPT: the first human message is asked;
+                                                    conversations without one are left out
     {"prompt": ...} or {"text": ...}                anything else with a prompt in it
 
-or the name of a data set on the Hugging Face hub (``hf:openai/gsm8k:main:test``), where it can be
-reached and the package `datasets` is installed.
+packed by gzip or not (``HumanEval.jsonl.gz``), or the name of a data set on the Hugging Face hub
+(``hf:openai/gsm8k:main:test``), where it can be reached and the package `datasets` is installed.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +75,7 @@ def read(sources: Sequence[str]) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     for source in sources:
         rows = _hub(source) if source.startswith("hf:") else _file(Path(source))
-        prompts = [_prompt(row, i, source) for i, row in enumerate(rows)]
+        prompts = [_prompt(row, i, source) for i, row in enumerate(rows) if not _is_mute(row)]
         if not prompts:
             raise ConfigError(f"{source}: holds no prompts; see 'moecascade bench --help'")
         for prompt in prompts:
@@ -150,14 +152,15 @@ def workloads(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _file(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError) as error:
         raise ConfigError(
-            f"cannot read prompts {str(path)!r}: {error.strerror}; give a JSON Lines file, or "
-            "hf:NAME[:CONFIG[:SPLIT]] for a data set on the hub"
+            f"cannot read prompts {str(path)!r}: {getattr(error, 'strerror', None) or error}; give "
+            "a JSON Lines file, or hf:NAME[:CONFIG[:SPLIT]] for a data set on the hub"
         ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+        raise ConfigError(f"{path}: not a text file in UTF-8; convert it") from None
     if text.lstrip().startswith("["):
         try:
             return list(json.loads(text))
@@ -188,6 +191,21 @@ def _hub(source: str) -> list[Any]:
         ) from None
 
 
+def _is_mute(row: Any) -> bool:
+    """Return whether a row is a conversation in which no human says anything, as some are."""
+    turns = row.get("conversations") if isinstance(row, Mapping) else None
+    return isinstance(turns, list) and not _said(turns)
+
+
+def _said(turns: Iterable[Any]) -> list[str]:
+    """Return what humans say in a conversation."""
+    return [
+        turn["value"]
+        for turn in turns
+        if turn.get("from") in ("human", "user") and str(turn.get("value", "")).strip()
+    ]
+
+
 def _prompt(row: Any, number: int, source: str) -> Prompt:
     """Return the prompt of a row, whichever form it has."""
     where = f"{source}, prompt {number + 1}"
@@ -200,8 +218,8 @@ def _prompt(row: Any, number: int, source: str) -> Prompt:
         elif "entry_point" in row:
             name, task, text = row["task_id"], "code", COMPLETE.format(row["prompt"].rstrip())
         elif "conversations" in row:
-            said = [turn["value"] for turn in row["conversations"] if turn["from"] == "human"]
-            name, task, text = row.get("id", number), "chat", said[0]
+            text = _said(row["conversations"])[0]
+            name, task = row.get("id", number), "chat"
         elif "question" in row:
             name, task, text = f"{stem}-{number}", "math", row["question"]
         else:

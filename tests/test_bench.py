@@ -1,5 +1,6 @@
 """Measuring: the plan, how measurements become numbers, and how results are kept."""
 
+import gzip
 import json
 import threading
 from collections import Counter
@@ -122,6 +123,27 @@ def test_published_files_are_read_as_they_are(
 ):
     (tmp_path / name).write_text(text)
     assert read([str(tmp_path / name)]) == [Prompt(*found)]
+
+
+def test_files_may_be_packed_and_hold_what_published_ones_do(tmp_path: Path):
+    text = '{"id": "a", "task": "x", "prompt": "one\u2028two"}\n'  # no end of a line in JSON Lines
+    (tmp_path / "own.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert read([str(tmp_path / "own.jsonl.gz")]) == [Prompt("a", "x", "one\u2028two")]
+    mute: list[list[dict[str, str]]] = [
+        [{"from": "gpt", "value": "Hello"}],
+        [{"from": "human", "value": ""}],
+        [],
+    ]
+    said = [{"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Hi"}]
+    share = [{"id": f"s{i}", "conversations": turns} for i, turns in enumerate([*mute, said])]
+    (tmp_path / "share.json").write_text(json.dumps(share))
+    assert read([str(tmp_path / "share.json")]) == [Prompt("s3", "chat", "Hi")]
+    (tmp_path / "share.json").write_text(json.dumps(share[:3]))
+    with pytest.raises(ConfigError, match="holds no prompts"):
+        read([str(tmp_path / "share.json")])
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ConfigError, match=r"bad\.jsonl\.gz"):
+        read([str(tmp_path / "bad.jsonl.gz")])
 
 
 def test_humaneval_is_asked_as_a_function_to_complete(tmp_path: Path):

@@ -25,7 +25,7 @@ from moecascade.plan import Plan, Settings
 from moecascade.replay import MIXTRAL_LIKE
 from moecascade.server import Server
 from moecascade.summary import summarise
-from moecascade.workloads import ALL, TASKS, mix, own
+from moecascade.workloads import ALL, TASKS, Prompt, mix, own
 
 pytestmark = pytest.mark.engine
 
@@ -116,6 +116,26 @@ def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: 
     assert {cell.workload for cell in cells} == {ALL}
     # Steps in which the other request begins are no decode steps.
     assert all(0 < row.emitted < row.tokens for row in journal.rows)
+
+
+def test_prompts_beyond_the_context_are_left_out(vllm: tuple[Server, Path], tmp_path: Path):
+    running, _ = vllm
+    asked = [Prompt("long", "x", "word " * 5000), Prompt("short", "x", "Say hello.")]
+    plan = Plan(asked, Settings(("off", "static:2"), max_tokens=4))
+    journal = Journal(tmp_path / "rows.jsonl", {})
+    told: list[str] = []
+    bench.measure(
+        {"off": running.launch.url},
+        running.launch.model,
+        plan,
+        journal,
+        tell=lambda what, _sent: told.append(what),
+    )
+    assert [(row.prompt, row.policy) for row in journal.rows] == [
+        ("short", "static:2"),
+        ("short", "off"),
+    ]
+    assert "left out, too long: long" in told
 
 
 def test_a_bad_request_option_is_the_servers_400_with_our_words(vllm: tuple[Server, Path]):

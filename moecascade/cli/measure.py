@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -50,7 +51,7 @@ def progress(screen: Console) -> Iterator[Progress]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=screen,
@@ -116,7 +117,7 @@ def serve_and_measure(
             logs=logs,
             deadline=deadline,
             keep_text=keep_text,
-            tell=_on(shown, bar, model, blocks),
+            tell=_on(shown, bar, model, blocks, deadline),
         )
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
@@ -135,7 +136,7 @@ def on_running(
     bench.check_plugin(url, model)
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    tell = _on(shown, bar, model, blocks)
+    tell = _on(shown, bar, model, blocks, deadline)
     bench.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
     return {"name": model}, [{"of": BASELINE, "url": url}]
 
@@ -145,12 +146,19 @@ def _blocks(plan: Plan, model: str) -> int:
     return sum(len(blocks) for blocks in plan.rounds(model))
 
 
-def _on(shown: Progress, bar: TaskID, model: str, blocks: int) -> Callable[[str, int], None]:
-    """Return what shows on a bar how far measuring is."""
-    shown.update(bar, description=f"{model}: warming up", total=blocks, completed=0)
+def _on(
+    shown: Progress, bar: TaskID, model: str, blocks: int, deadline: float | None
+) -> Callable[[str, int], None]:
+    """Return what shows on a bar how far measuring is: of the blocks, or sooner of the time."""
+    began = time.monotonic()
+    given = math.inf if deadline is None else max(1.0, deadline - began)
+    shown.update(bar, description=f"{model}: warming up", total=1.0, completed=0)
 
     def tell(what: str, sent: int) -> None:
-        shown.update(bar, description=escape(f"{model}: {what[:36]:<36}"), completed=sent)
+        done = max(sent / blocks, (time.monotonic() - began) / given)
+        many = f"{sent}" if deadline is not None else f"{sent} of {blocks}"
+        said = escape(f"{model}: {what[:36]:<36} {many}")
+        shown.update(bar, description=said, completed=min(1.0, done))
 
     return tell
 
