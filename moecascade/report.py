@@ -17,7 +17,7 @@ from typing import Any
 from moecascade import analysis, figures, luck, machine, paper, policies, results
 from moecascade.errors import ConfigError, SetupError
 from moecascade.files import write_whole
-from moecascade.findings import Finding, findings
+from moecascade.findings import Finding, findings, without
 from moecascade.pictures import Picture, pictures
 from moecascade.rows import BASELINE, Row, from_json
 from moecascade.summary import Cell, by_workload, fastest, summarise, totals
@@ -211,15 +211,16 @@ def html(report: Report) -> str:
 
 
 def _sources(report: Report) -> list[tuple[str, str]]:
-    """Return each policy that ran, settings left aside, with the first line of its file."""
-    specs = dict.fromkeys(policies.parse(row.policy)[0] for row in report.rows)
+    """Return each policy that ran, with the first line of its file; then what settings change."""
+    specs = dict.fromkeys(row.policy for row in report.rows)
     known = policies.classes()
     made = []
-    for name in specs:
+    for name in dict.fromkeys(policies.parse(spec)[0] for spec in specs):
         if name in known:
             about = (sys.modules[known[name].__module__].__doc__ or "").partition("\n\n")[0]
             made.append((name, about.partition(": ")[2].replace("\n", " ").rstrip(".")))
-    return made
+    varied = [spec for spec in specs if policies.parse(spec)[2]]
+    return made + [(spec, f"{policies.parse(spec)[0]} {without(spec)}") for spec in varied]
 
 
 def _parts(report: Report) -> list[dict[str, Any]]:

@@ -247,6 +247,9 @@ def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results
     (line,) = [f.ours for f in whole.findings if "without back-off" in f.what]
     assert "K = 0 in" in line
     assert "; worst workload " in line
+    page = report.html(whole)
+    assert "cascade without back-off (backoff = 1)" in page  # what a spec with settings means
+    assert "test-and-set on measured utility" in page
     console = Console(file=StringIO(), width=120)
     console.print(table(whole.varied, "", ""))
     assert isinstance(console.file, StringIO)
