@@ -8,7 +8,7 @@ model drafts, each of its passes adds the same to the step at whose end it draft
 
 from __future__ import annotations
 
-from math import log2
+from math import exp, log2
 from typing import TypeVar
 
 import numpy as np
@@ -146,6 +146,15 @@ class CostModel:
         if self._level is None:
             return None
         return self._level * (self.relative(positions) + self._pass * passes)
+
+    def confidence(self, positions: int) -> float:
+        """Return how much of T(p) was measured, at p or near it: from 0, guessed, towards 1."""
+        here = log2(positions)
+        weight = sum(
+            weight * exp(-abs(here - log2(_middle(near))) / self.nearness)
+            for near, weight in self._weight.items()
+        )
+        return weight / (self.belief + weight)
 
     def pass_cost(self, requests: int) -> float:
         """Return the time of one pass of the drafter over T(n), a step without drafts."""

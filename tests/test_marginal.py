@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecascade.acceptance import LONGEST, Acceptance, Record
+from moecascade.allocation import admitted, by_state
 from moecascade.context import NEWEST, PLACES, REACH, Text
 from moecascade.costmodel import EXACT, CostModel, expert_union
 from moecascade.history import FIRST, STATES, History
@@ -530,3 +531,40 @@ def test_what_is_said_of_a_request_that_missed_a_decision_is_of_its_own_last_ste
     said = policy.explain("a")
     assert said["k"] == decided.k
     assert 0 < said["utility"] < 9
+
+
+def test_costs_are_the_more_certain_the_more_was_measured_there() -> None:
+    costs = CostModel()
+    assert costs.confidence(3) == 0.0
+    before = 0.0
+    for _ in range(5):
+        costs.observe(3, 0.05)
+        assert before < costs.confidence(3) < 1.0
+        before = costs.confidence(3)
+    assert costs.confidence(64) < 0.01 < costs.confidence(4) < costs.confidence(3)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=12),
+    st.lists(st.floats(0.01, 1.0), min_size=12, max_size=12),
+    st.floats(0.0, 0.4),
+)
+def test_drafts_in_states_are_admitted_as_slots_of_their_own_would_be(
+    drafts: list[tuple[int, int]], chances: list[float], slope: float
+) -> None:
+    survival = [list(np.cumprod(chances[4 * s : 4 * s + 4])) for s in range(3)]
+    flat = np.array(survival).ravel()
+    order = np.argsort(-flat, kind="stable")
+    costs = np.array([1.0 + slope * d for d in range(49)])
+    states = np.array([state for state, _ in drafts])
+    lengths = np.array([length for _, length in drafts])
+    ks = by_state(states, lengths, 4, (order, flat[order]), 1.3, costs, len(drafts))
+    slots = sorted((w / 1.3 for s, length in drafts for w in survival[s][:length]), reverse=True)
+    best = admitted(slots, len(drafts), costs.tolist())
+    assert sum(ks) == best
+    assert all(0 <= k <= length for k, (_, length) in zip(ks, drafts, strict=True))
+    taken = sorted(
+        (survival[s][i] / 1.3 for (s, _), k in zip(drafts, ks, strict=True) for i in range(k)),
+        reverse=True,
+    )
+    assert taken == pytest.approx(slots[:best])

@@ -33,11 +33,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moecascade.acceptance import Acceptance, Record
+from moecascade.allocation import Rate, admitted, by_state
 from moecascade.context import Text
 from moecascade.costmodel import CostModel
 from moecascade.drafting import Drafting
 from moecascade.errors import ConfigError
-from moecascade.history import FIRST, STATES, History
+from moecascade.history import FIRST, History
 from moecascade.steps import Decision, Proposal, Step
 from moecascade.utility import cost_share
 
@@ -87,28 +88,12 @@ class MarginalSettings:
 
 
 @dataclass(slots=True)
-class _Rate:
-    """Tokens per baseline step, fading."""
-
-    tokens: float
-    time: float
-
-    def add(self, tokens: float, time: float, keep: float) -> None:
-        self.tokens = keep * self.tokens + tokens
-        self.time = keep * self.time + time
-
-    @property
-    def value(self) -> float:
-        return max(1.0, self.tokens / self.time)
-
-
-@dataclass(slots=True)
 class _Request:
     """What the policy keeps of one request."""
 
     max_k: int
     record: Record
-    rate: _Rate
+    rate: Rate
     decisions: list[Decision]  # by K: making one takes as long as all else in a crowd
     lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
     tokens: int = 0  # that it was given in decode steps: baseline steps it would have taken
@@ -136,8 +121,8 @@ class Marginal:
         self._acceptance = Acceptance()
         self._history: History | None = None  # made by the first crowd
         self._costs = CostModel(settings.experts, settings.top_k)
-        self._rate = _Rate(60.0, 50.0)  # of all requests, over a thousand steps; 1.2 to begin with
-        self._batch_rate = _Rate(1.2 * settings.rate_memory, settings.rate_memory)
+        self._rate = Rate(60.0, 50.0)  # of all requests, over a thousand steps; 1.2 to begin with
+        self._batch_rate = Rate(1.2 * settings.rate_memory, settings.rate_memory)
         self._others = 0  # requests under other policies in the last step
         self._crowded = False  # whether history made the last decisions
         self._batch = (1, 0)  # requests and drafts of the step that was last decided about, and
@@ -152,7 +137,7 @@ class Marginal:
         self._requests[request_id] = _Request(
             min(max_k, self._max_k),
             Record(Text(prompt)),
-            _Rate(general * memory, memory),
+            Rate(general * memory, memory),
             [Decision(request_id, k, self.name) for k in range(self._max_k + 1)],
         )
 
@@ -189,24 +174,16 @@ class Marginal:
                 r.survival = self._acceptance.predict(r.record, proposal.tokens)
                 worth = 1.0 / r.rate.value
                 slots += [(s * worth, r) for s in r.survival[: self._most(r, n, costs)]]
-        # A request's slots are worth less and less, so the best are always prefixes of drafts.
         if len(requests) > 1:  # those of one are in order
             slots.sort(key=lambda slot: -slot[0])
-        best, most, worth = 0, 0.0, 0.0
-        for count, (gain, _) in enumerate(slots, 1):
-            worth += gain
-            surplus = worth - n * (costs[count] - 1.0)
-            if surplus > most:
-                best, most = count, surplus
-        for _, r in slots[:best]:
+        for _, r in slots[: admitted([worth for worth, _ in slots], n, costs)]:
             r.k += 1
         return [r.k for r in requests]
 
     def _in_crowd(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, judged by history, all of them paid at the batch's lambda.
 
-        The same rule as above. Requests in one state are worth the same, so what is sorted are the
-        slots of states, which are few, each as often as there are drafts that have it.
+        The same rule as above. Requests in one state are worth the same.
         """
         n, width = len(proposals) + self._others, self._max_k
         lengths, states = [], []
@@ -217,25 +194,9 @@ class Marginal:
             states.append(r.state)
         if self._history is None:
             self._history = History(width)
-        longest, state = np.array(lengths), np.array(states)
-        ending = np.bincount(state * (width + 1) + longest, minlength=STATES * (width + 1))
-        having = ending.reshape(STATES, -1)[:, :0:-1].cumsum(axis=1)[:, ::-1]
-        slots, chances = self._history.ranked()
-        counts = having.ravel()[slots]
-        worth = np.repeat(chances / self._batch_rate.value, counts)
-        costs = self._costs.costs(n, len(requests) * width)[1 : worth.size + 1]
-        surplus = np.cumsum(worth) - n * (costs - 1.0)
-        best = int(surplus.argmax()) + 1 if worth.size and surplus.max() > 0.0 else 0
-        through = counts.cumsum()
-        whole = int(np.searchsorted(through, best, side="right"))  # slots for all that have them
-        admitted = np.bincount(slots[:whole] // width, minlength=STATES)[state]
-        ks = np.minimum(admitted, longest)
-        if whole < slots.size:  # the next one is for some
-            some = best - (int(through[whole - 1]) if whole else 0)
-            of, place = divmod(int(slots[whole]), width)
-            ks[np.flatnonzero((state == of) & (longest > place))[:some]] += 1
-        chosen: list[int] = ks.tolist()
-        return chosen
+        costs = self._costs.costs(n, len(requests) * width)
+        ranked, rate = self._history.ranked(), self._batch_rate.value
+        return by_state(np.array(states), np.array(lengths), width, ranked, rate, costs, n)
 
     def observe(self, step: Step) -> None:
         """Learn cost from decode steps, acceptance from every step's tokens."""
@@ -353,6 +314,7 @@ class Marginal:
             "utility": tokens / cost,
             "expected_tokens": tokens,
             "expected_seconds": self._costs.seconds(n + drafts, passes),
+            "confidence": self._costs.confidence(n + drafts),
             "lambda": self._batch_rate.value if self._crowded else r.rate.value,
             "lost": r.lost,
             "survival": list(survival),
