@@ -28,10 +28,15 @@ part() {  # NAME, then options of `moecascade bench`
 
 begin() {  # FOLDER
   out=$1
-  if [[ -n ${FRESH:-} ]]; then
-    rm -rf "$out"
-  fi
   mkdir -p "$out"
+  exec 9>"$out/.evaluation"
+  if ! flock -n 9; then
+    echo "$0: another evaluation is running in $out" >&2
+    exit 2
+  fi
+  if [[ ${FRESH:-} == 1 ]]; then
+    rm -rf "${out:?}"/*
+  fi
 }
 
 case ${1:-} in

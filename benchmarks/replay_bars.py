@@ -74,7 +74,7 @@ def played(task: Task) -> tuple[Task, dict[str, Any]]:
 
 
 def garbled(trace: Trace, seed: int) -> Trace:
-    """Return a trace in whose output every other token is another: drafts are found, and wrong."""
+    """Return a trace with about half of its output's tokens replaced: drafts are wrong."""
     rng = random.Random(seed)
     output = [rng.randrange(10**6) if rng.random() < 0.5 else token for token in trace.output]
     return replace(trace, output=tuple(output))

@@ -118,23 +118,33 @@ def utility_points(rows: Sequence[Row]) -> list[UtilityPoint]:
 def foreseen(rows: Sequence[Row], policy: str) -> list[UtilityPoint]:
     """Return a point for each task and condition, one request at a time, of a policy's own view.
 
-    Its utility is the one that the policy acted on (`Row.utility`), by the time of the requests.
+    Its utility is the one that the policy expected (`Row.utility`): so much faster it would be. A
+    prompt weighs what the baseline's answer weighs, as in what was measured.
+
+    Args:
+        rows: As they were measured: utility is of the text that was written.
+        policy: Its spec.
     """
     groups: dict[tuple[Condition, str], list[Row]] = defaultdict(list)
-    base: dict[tuple[Condition, str], list[Row]] = defaultdict(list)
+    base: dict[tuple[Condition, str], dict[tuple[str, ...], Unit]] = defaultdict(dict)
     for row in rows:
         if row.concurrency == 1:
-            if row.policy == policy and row.utility is not None:
+            if row.policy == policy and row.utility:
                 groups[condition_of(row), row.task].append(row)
             elif row.policy == BASELINE:
-                base[condition_of(row), row.task].append(row)
+                base[condition_of(row), row.task] |= {unit.key: unit for unit in units([row])}
     points = []
     for (condition, task), mine in groups.items():
-        ratio = pair(units(mine), units(base[condition, task])).ratio
-        seconds = sum(row.step_seconds for row in mine)
-        if ratio is not None and seconds:
-            seen = sum((row.utility or 0.0) * row.step_seconds for row in mine) / seconds
-            points.append(UtilityPoint(condition, task, policy, seen, ratio))
+        plain = base[condition, task]
+        saw = [
+            replace(plain[row.run, row.prompt], seconds=plain[row.run, row.prompt].seconds / u)
+            for row in mine
+            if (u := row.utility) and (row.run, row.prompt) in plain
+        ]
+        ratio = pair(units(mine), plain.values()).ratio
+        expected = pair(saw, plain.values()).ratio
+        if ratio is not None and expected is not None:
+            points.append(UtilityPoint(condition, task, policy, expected, ratio))
     return points
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,15 +61,16 @@ async def warm_up(
 
     async def one(spec: str, i: int, prompt: Prompt) -> None:
         async with gate:
-            await chat(
-                _client(servers, spec),
-                model,
-                prompt.prompt,
-                request_id=f"warm-up-{spec}-prompt-{i}",
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperatures[i % len(settings.temperatures)],
-                xargs=_xargs(spec, prompt.task),
-            )
+            with suppress(TooLongError):
+                await chat(
+                    _client(servers, spec),
+                    model,
+                    prompt.prompt,
+                    request_id=f"warm-up-{spec}-prompt-{i}",
+                    max_tokens=settings.max_tokens,
+                    temperature=settings.temperatures[i % len(settings.temperatures)],
+                    xargs=_xargs(spec, prompt.task),
+                )
 
     for spec in settings.measured if plan.warm else ():
         if spec != PLAIN and policies.learns(spec):
@@ -95,7 +96,8 @@ async def send(
         tell: Called with each request whose answer is whole.
 
     Raises:
-        SetupError: The server refuses a request or fails.
+        SetupError: The server refuses a request or fails; TooLongError, which names the prompts,
+            where some do not fit into the model's context. No request is in flight any more then.
     """
     gate = asyncio.Semaphore(block.concurrency)
 
@@ -115,8 +117,17 @@ async def send(
             return reply
 
     began = time.perf_counter()
-    replies = await asyncio.gather(*(one(request) for request in block.requests))
-    return list(replies), time.perf_counter() - began
+    sent = (one(request) for request in block.requests)
+    answers = await asyncio.gather(*sent, return_exceptions=True)
+    seconds = time.perf_counter() - began
+    faults = [answer for answer in answers if isinstance(answer, BaseException)]
+    if any(not isinstance(fault, TooLongError) for fault in faults):
+        raise next(fault for fault in faults if not isinstance(fault, TooLongError))
+    if faults:
+        both = zip(block.requests, answers, strict=True)
+        names = [r.prompt.id for r, answer in both if isinstance(answer, TooLongError)]
+        raise TooLongError(", ".join(names))
+    return [answer for answer in answers if isinstance(answer, Reply)], seconds
 
 
 def client(url: str) -> httpx.AsyncClient:
@@ -226,7 +237,7 @@ def measure(
     deadline: float | None = None,
     keep_text: bool = False,
     tell: Callable[[str, int], None] = lambda _what, _sent: None,
-) -> None:
+) -> list[str]:
     """Send all rounds of a plan that are not in the journal yet, and write their rows to it.
 
     Args:
@@ -240,12 +251,16 @@ def measure(
         keep_text: Whether rows hold the answers.
         tell: Called with what is done next, and how many blocks there have been.
 
+    Returns:
+        The prompts that do not fit into the model's context; rounds that hold them are left out.
+
     Raises:
         ConfigError: There are fewer prompts than requests in flight.
-        SetupError: The server refuses a request or fails. A round whose prompts do not fit into
-            the model's context is left out.
+        SetupError: The server refuses a request or fails.
     """
-    asyncio.run(_measure(servers, model, plan, journal, logs or Logs(), deadline, keep_text, tell))
+    return asyncio.run(
+        _measure(servers, model, plan, journal, logs or Logs(), deadline, keep_text, tell)
+    )
 
 
 async def _measure(
@@ -257,8 +272,9 @@ async def _measure(
     deadline: float | None,
     keep_text: bool,
     tell: Callable[[str, int], None],
-) -> None:
+) -> list[str]:
     rounds, done = plan.rounds(model), journal.done
+    left_out: list[str] = []
     async with AsyncExitStack() as stack:
         servers = {name: await stack.enter_async_context(client(url)) for name, url in urls.items()}
         await warm_up(servers, model, plan, lambda spec: tell(f"warming up {spec}", 0))
@@ -276,14 +292,15 @@ async def _measure(
                     continue
                 try:
                     replies, seconds = await send(servers, model, block, plan.settings.max_tokens)
-                except TooLongError:  # under the other policies as well
-                    tell(f"left out, too long: {block.requests[0].prompt.id}", sent)
+                except TooLongError as error:  # under the other policies as well
+                    left_out.append(str(error))
                     break
                 steps, references = tally(logs.steps()), logs.references()
                 journal.add(rows_of(model, block, replies, seconds, steps, references, keep_text))
             if whole:  # else it says nothing about how long one takes
                 longest = max(longest, time.monotonic() - began)
     tell("measured", sent)
+    return list(dict.fromkeys(left_out))
 
 
 def check_plugin(url: str, model: str) -> None:
@@ -304,9 +321,9 @@ def check_plugin(url: str, model: str) -> None:
             return
         raise
     raise SetupError(
-        f"the server at {url} takes any cascade_policy, so it has no plugin, or no check of "
-        f"options; start it with 'moecascade serve', or with --scheduler-cls {launch.SCHEDULER} "
-        f"--middleware {launch.MIDDLEWARE}"
+        f"the server at {url} accepts a policy that does not exist, so it runs without the plugin "
+        "or without its request check; start it with 'moecascade serve', or with "
+        f"--scheduler-cls {launch.SCHEDULER} --middleware {launch.MIDDLEWARE}"
     )
 
 

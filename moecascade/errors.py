@@ -23,7 +23,7 @@ class SetupError(CascadeError):
 
 
 class TooLongError(SetupError):
-    """A prompt does not fit into the served model's context with the answer asked for."""
+    """A prompt does not fit into the served model's context."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

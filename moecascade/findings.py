@@ -36,6 +36,7 @@ def findings(
     cells: Sequence[Cell],
     varied: Sequence[Cell],
     points: Sequence[analysis.UtilityPoint],
+    seen: Sequence[analysis.UtilityPoint] = (),
 ) -> list[Finding]:
     """Return what these rows can answer.
 
@@ -45,6 +46,7 @@ def findings(
         cells: Their speed-ups.
         varied: Speed-ups of the other runs.
         points: Of utility against speed-up.
+        seen: Of utility as `marginal` expected it, likewise.
     """
     return [
         *_worst(cells, varied),
@@ -54,7 +56,7 @@ def findings(
         *_apart(varied),
         *_ablations(rows, varied),
         *_utility(points),
-        *_foreseen(main),
+        *_foreseen(seen),
         *_step_times(main),
         *_presence(main),
         *_deciding(main),
@@ -169,7 +171,7 @@ def _each_static(rows: Sequence[Row]) -> list[Finding]:
     """Return what `cascade` gains over each fixed K."""
     specs = sorted({row.policy for row in rows if row.policy.startswith("static:")})
     parts = [
-        f"K = {spec.removeprefix('static:')} {found.value - 1:+z.1%}"
+        f"K = {spec.removeprefix('static:')}: {change(found, short=True)}"
         for spec in specs
         if (found := analysis.ratio(rows, "cascade", spec))
     ]
@@ -249,7 +251,11 @@ def without(spec: str) -> str:
 
 def _worst_of(cells: Sequence[Cell], policy: str) -> str:
     """Return a policy's lowest speed-up in words."""
-    found = [c.speedup for c in cells if c.policy == policy and c.speedup is not None]
+    found = [
+        cell.speedup
+        for cell in cells
+        if cell.policy == policy and cell.concurrency == 1 and cell.speedup is not None
+    ]
     return pace(min(found)) if found else "not measured"
 
 
@@ -267,17 +273,13 @@ def _utility(points: Sequence[analysis.UtilityPoint]) -> list[Finding]:
     return [Finding("utility against measured speed-up, R²", ours, paper.UTILITY)]
 
 
-def _foreseen(rows: Sequence[Row]) -> list[Finding]:
+def _foreseen(points: Sequence[analysis.UtilityPoint]) -> list[Finding]:
     """Return how far the utility that a policy acted on is from the speed-up that came."""
-    made = []
-    for policy in ADAPTIVE:
-        points = analysis.foreseen(rows, policy)
-        if points:
-            error = median(abs(point.utility / point.speedup - 1) for point in points)
-            what = f"{policy}: utility as it saw it, against measured speed-up"
-            said = f"median error {error:.1%} over {len(points)} tasks and conditions"
-            made.append(Finding(what, said))
-    return made
+    if not points:
+        return []
+    error = median(abs(point.utility / point.speedup - 1) for point in points)
+    what = f"{points[0].policy}: utility as it expected it, against measured speed-up"
+    return [Finding(what, f"median error {error:.1%} over {len(points)} tasks and conditions")]
 
 
 def _step_times(rows: Sequence[Row]) -> list[Finding]:
@@ -326,11 +328,16 @@ def _deciding(rows: Sequence[Row]) -> list[Finding]:
     return made
 
 
-def change(found: analysis.Ratio) -> str:
-    """Return a ratio as a change with its interval, and whether it can be told from none."""
+def change(found: analysis.Ratio, *, short: bool = False) -> str:
+    """Return a ratio as a change with its interval, and whether it can be told from none.
+
+    In `short` without how many pairs of prompts it rests on.
+    """
     text = f"{found.value - 1:+z.1%}"
     if found.low is None or found.high is None:
         return f"{text} (too few prompts for an interval)"
-    telling = "" if found.low > 1 or found.high < 1 else "; within the noise"
-    behind = f"{found.pairs} pairs of {found.prompts} prompts"
-    return f"{text} ({found.low - 1:+z.1%} to {found.high - 1:+z.1%}, {behind}{telling})"
+    telling = "" if found.low > 1 or found.high < 1 else "within the noise"
+    behind = "" if short else f"{found.pairs} pairs of {found.prompts} prompts"
+    about = "; ".join(filter(None, (behind, telling)))
+    comma = ", " if behind else "; " if telling else ""
+    return f"{text} ({found.low - 1:+z.1%} to {found.high - 1:+z.1%}{comma}{about})"

@@ -216,9 +216,13 @@ def _check_supported(flags: Flags, arguments: Sequence[str]) -> None:
     method = drafter_of(flags).get("method")
     if isinstance(method, str) and method not in compat.DRAFTERS:
         raise ConfigError(compat.unknown_drafter(method))
-    if "--async-scheduling" in (argument.replace("_", "-") for argument in arguments):
+    said = [argument.replace("_", "-").removeprefix("--") for argument in arguments]
+    switches = [word for word in said if word.removeprefix("no-") == "async-scheduling"]
+    if switches and switches[-1] == "async-scheduling":  # the last one counts
         raise ConfigError(compat.ASYNC_SCHEDULING)
     for name in compat.SIZES:
+        if name == "data_parallel_size":
+            continue  # vLLM makes engines of their own of a dense model's ranks: those are served
         size = flags.value(name.replace("_", "-"), "1")
         if size.isdecimal() and int(size) > 1:
             raise ConfigError(compat.too_many(name, int(size)))

@@ -7,6 +7,7 @@ Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Reque
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,8 +31,8 @@ class ServerOptions:
     Attributes:
         policy: Spec of the policy for requests that do not choose one.
         options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
-        request_options: Whether requests may choose policy and cap; if not, what they say of them
-            is checked and ignored.
+        request_options: Whether requests may choose policy and cap; if not, those that do are
+            answered with status 400 by `moecascade.vllm.http`, and ignored where it is missing.
         step_log: File to write a line a step to (schema `moecascade.steplog`), or "" for none.
         trace_log: File to write a line a request to (schema `moecascade.traces`), or "" for none.
         trace_tokens: Whether traces hold token ids. They are what users and model said.
@@ -84,7 +85,8 @@ def server_options(
     """
     given = additional_config if isinstance(additional_config, Mapping) else {}
     for key in given:  # others may have keys of their own there, so only ours misspelt is refused
-        if key != CONFIG_KEY and (key == PACKAGE or nearest(str(key).lower(), (CONFIG_KEY,))):
+        alike = difflib.get_close_matches(str(key).lower(), (CONFIG_KEY,), cutoff=0.85)
+        if key != CONFIG_KEY and (key == PACKAGE or alike):
             raise ConfigError(f"additional_config: unknown key {key!r}; ours is {CONFIG_KEY!r}")
     values = given.get(CONFIG_KEY, {})
     where = f'additional_config["{CONFIG_KEY}"]'

@@ -173,7 +173,7 @@ def play(
             running.append(_begin(queue.pop(), len(queue), chooser, conditions))
         for r in running:
             room = len(r.outcome.trace.output) - r.at
-            r.proposal = r.drafter.propose()[: room - 1]  # as the plugin cuts it: one comes anyway
+            r.proposal = r.drafter.propose()[: room - 1]  # one comes anyway
         ks = _oracle(running, conditions) if chooser is None else _ask(chooser, running)
         _step(running, ks, chooser, conditions, float(np.exp(random.normal(0, conditions.noise))))
         still = []

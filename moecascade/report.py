@@ -100,7 +100,9 @@ def build(found: Sequence[results.Results]) -> Report:
     cells = summarise(rest) if rest or not runs else []
     points = analysis.utility_points(measured)
     drawn = pictures(rest or rows, cells, varied, aside, points)
-    said = findings(rows, rest or rows, cells, varied, points)
+    raw = [row for row in measured if row.run not in runs]
+    seen = analysis.foreseen(raw, "marginal")
+    said = findings(rows, rest or rows, cells, varied, points, seen)
     evened = any(a is not b for a, b in zip(rows, measured, strict=True))
     return Report(found, rows, cells, varied, aside, drawn, said, evened)
 
@@ -143,7 +145,7 @@ class Table:
         title: What it is of.
         columns: Their heads.
         lines: A line for each policy.
-        best: For each column the policy that is fastest beyond doubt, to be emphasised, or None.
+        best: For each column the policy to be emphasised, see `summary.fastest`, or None.
         note: Flags that its servers ran with.
     """
 

@@ -33,8 +33,8 @@ class AtK:
         expected_tokens: Tokens that the policy expected of those that can be judged, None where it
             says nothing.
         seconds_error: Median over all of ``|expected - measured| / measured`` step time, likewise.
-        judged: How many steps show which drafts were right: all but the request's last, of which
-            the answer's end cuts off what was right as well. 0 in rows of before 26 November 2026.
+        judged: How many steps show which drafts were right: all but the request's last step, where
+            the end of the answer may hide accepted drafts. 0 in rows of before 26 November 2026.
         judged_emitted: Tokens that those gave.
     """
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -154,7 +155,7 @@ def _file(path: Path) -> list[Any]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"cannot read prompts {str(path)!r}: {getattr(error, 'strerror', None) or error}; give "
             "a JSON Lines file, or hf:NAME[:CONFIG[:SPLIT]] for a data set on the hub"
@@ -197,12 +198,19 @@ def _is_mute(row: Any) -> bool:
     return isinstance(turns, list) and not _said(turns)
 
 
+def _unpacked(path: Path) -> str:
+    """Return the name of a file without its ending, nor that of being packed."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
 def _said(turns: Iterable[Any]) -> list[str]:
     """Return what humans say in a conversation."""
     return [
         turn["value"]
         for turn in turns
-        if turn.get("from") in ("human", "user") and str(turn.get("value", "")).strip()
+        if isinstance(turn, Mapping)
+        and turn.get("from") in ("human", "user")
+        and str(turn.get("value", "")).strip()
     ]
 
 
@@ -211,7 +219,7 @@ def _prompt(row: Any, number: int, source: str) -> Prompt:
     where = f"{source}, prompt {number + 1}"
     if not isinstance(row, Mapping):
         raise ConfigError(f"{where}: expected an object, got {row!r:.80}")
-    stem = Path(source).stem
+    stem = _unpacked(Path(source))
     try:
         if "turns" in row:
             name, task, text = row["question_id"], row["category"], row["turns"][0]

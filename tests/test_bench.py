@@ -375,7 +375,7 @@ class Anything(BaseHTTPRequestHandler):
 def test_a_server_without_the_plugin_is_not_measured_as_if_it_had_it():
     with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as plain:
         threading.Thread(target=plain.serve_forever, daemon=True).start()
-        with pytest.raises(SetupError, match=r"no plugin.*moecascade serve"):
+        with pytest.raises(SetupError, match=r"without the plugin.*moecascade serve"):
             bench.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
         plain.shutdown()
     with pytest.raises(SetupError, match="connection"):
@@ -621,7 +621,7 @@ def test_too_wide_an_interval_says_that_it_cannot_tell():
     assert found == {"a": "cannot tell", "b": "faster", "c": "slower"}
 
 
-def test_what_is_fastest_is_said_only_beyond_doubt():
+def test_what_is_fastest_is_said_only_where_its_interval_is_above_the_others():
     rows = [row(f"code-{i}", "off", 10, 1.0) for i in range(8)]
     rows += [row(f"code-{i}", "a", 10, 0.5 if i % 2 else 1.0) for i in range(8)]
     rows += [row(f"code-{i}", "b", 10, 0.8) for i in range(8)]

@@ -14,6 +14,7 @@ import pytest
 
 from moecascade import launch, machine
 from moecascade.cli.doctor import Check, examine
+from moecascade.cli.measure import without_reuse
 from moecascade.cli.record import files_and_flags
 from moecascade.errors import ConfigError
 from moecascade.launch import Flags
@@ -69,7 +70,7 @@ def folder(tmp_path: Path) -> str:
         ("serve FOLDER --additional_config={cascade}", ["{cascade}", "not JSON"]),
         ('serve FOLDER -sc \'{"method":"eagle3"}\'', ["'eagle3'", "allowed: ngram, draft_model"]),
         ("serve FOLDER -pp 2", ["pipeline_parallel_size=2", "use 1"]),
-        ("serve FOLDER --data_parallel_size=4", ["data_parallel_size=4", "use 1"]),
+        ("serve FOLDER --decode_context_parallel_size=4", ["=4 is not supported", "use 1"]),
         ("serve FOLDER --async-scheduling", ["--no-async-scheduling"]),
         ("serve FOLDER --port http", ["--port http"]),
         ("serve FOLDER --port 70000", ["port 70000"]),
@@ -108,6 +109,19 @@ def test_bad_input_is_named_with_its_remedy(
     assert "Traceback" not in answer.stderr
     for word in words:
         assert word in answer.stderr
+
+
+def test_benches_keep_no_prompt_for_the_next_policy_unless_told_to(tmp_path: Path):
+    assert without_reuse([]) == ["--no-enable-prefix-caching"]
+    assert without_reuse(["--dtype", "float32"]) == ["--no-enable-prefix-caching"]
+    for said in (
+        "--enable-prefix-caching",
+        "--no-enable-prefix-caching",
+        "--enable_prefix_caching",
+    ):
+        assert without_reuse([said]) == []
+    (tmp_path / "flags.yaml").write_text("enable-prefix-caching: true\n")
+    assert without_reuse(["--config", str(tmp_path / "flags.yaml")]) == []
 
 
 def test_a_busy_port_is_named(cli: Callable[..., Answer], folder: str):

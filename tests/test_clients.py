@@ -123,19 +123,19 @@ def test_prompts_beyond_the_context_are_left_out(vllm: tuple[Server, Path], tmp_
     asked = [Prompt("long", "x", "word " * 5000), Prompt("short", "x", "Say hello.")]
     plan = Plan(asked, Settings(("off", "static:2"), max_tokens=4))
     journal = Journal(tmp_path / "rows.jsonl", {})
-    told: list[str] = []
-    bench.measure(
-        {"off": running.launch.url},
-        running.launch.model,
-        plan,
-        journal,
-        tell=lambda what, _sent: told.append(what),
-    )
+    url, name = running.launch.url, running.launch.model
+    assert bench.measure({"off": url}, name, plan, journal) == ["long"]
     assert [(row.prompt, row.policy) for row in journal.rows] == [
         ("short", "static:2"),
         ("short", "off"),
     ]
-    assert "left out, too long: long" in told
+    # With several in flight, all of the block have been answered by then.
+    more = [*asked, *(Prompt(f"short {i}", "x", "Say hello.") for i in range(2))]
+    crowd = Plan(more, Settings(("off", "static:2"), concurrencies=(2,), max_tokens=4))
+    journal = Journal(tmp_path / "crowd" / "rows.jsonl", {})
+    assert bench.measure({"off": url}, name, crowd, journal) == ["long"]
+    assert journal.rows == []
+    assert in_flight(running) == 0
 
 
 def test_a_bad_request_option_is_the_servers_400_with_our_words(vllm: tuple[Server, Path]):

@@ -118,3 +118,14 @@ def test_what_is_no_json_is_passed_on_without_waiting_for_any_of_it() -> None:
 
 def test_reading_is_left_alone(client: TestClient) -> None:
     assert client.get("/v1/completions").status_code == 200
+
+
+def test_who_may_not_choose_is_told_so(client: TestClient) -> None:
+    config = client.app.state.vllm_config  # type: ignore[attr-defined]
+    config.additional_config = {"cascade": {"request_options": False}}
+    for xargs in ({"cascade_policy": "off"}, {"cascade_max_k": 0}):
+        answer = client.post("/v1/completions", json={"prompt": "x", "vllm_xargs": xargs})
+        assert answer.status_code == 400
+        assert "request_options is false" in answer.json()["error"]["message"]
+    answer = client.post("/v1/completions", json={"vllm_xargs": {"cascade_task": "code"}})
+    assert answer.status_code == 200

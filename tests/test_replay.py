@@ -55,6 +55,13 @@ def test_right_drafts_emit_k_plus_1_tokens_at_their_cost() -> None:
     assert speedup("static:3", [copies()], MIXTRAL_LIKE) == pytest.approx(4 / 1.95, rel=0.06)
 
 
+def test_nothing_is_drafted_beyond_what_the_answer_has_room_for() -> None:
+    (outcome,) = play([copies()], "static:8", Conditions(MIXTRAL_LIKE))
+    # Every draft is right, so none was verified for nothing.
+    assert outcome.drafted + outcome.steps == outcome.tokens
+    assert outcome.tokens % 9  # the last draft had to be cut
+
+
 def test_wrong_drafts_cost_what_they_cost() -> None:
     (outcome,) = play([invents()], "static:3", Conditions(MIXTRAL_LIKE))
     drafting = outcome.steps - outcome.off

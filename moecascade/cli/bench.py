@@ -179,8 +179,8 @@ def _check_running(url: str, models: list[str], settings: Settings, context: typ
     if context.args:
         options = [name for parameter in context.command.params for name in parameter.opts]
         raise ConfigError(
-            f"--url {url}: the server is running, so {context.args[0]!r} can go to none"
-            f"{nearest(context.args[0], options)}; leave it out"
+            f"--url {url}: the server is already running, so vLLM's flags cannot be passed to it; "
+            f"remove {context.args[0]!r}{nearest(context.args[0], options)}"
         )
 
 

@@ -141,7 +141,7 @@ def demo(
 
 
 def table(cells: Sequence[Cell], title: str, caption: str) -> Table:
-    """Return the summary as a table, tasks one below the other; bold: fastest beyond doubt."""
+    """Return the summary as a table, tasks one below the other; bold: see `summary.fastest`."""
     shown = Table(
         title=title,
         caption=caption,

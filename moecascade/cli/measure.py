@@ -79,7 +79,7 @@ def serve_and_measure(
     blocks = _blocks(plan, model)
     folder, local_name = find_model(model)
     settings = plan.settings
-    flags = [*_without_reuse(flags), *flags]
+    flags = [*without_reuse(flags), *flags]
     where = ["--host", HOST, "--port"]
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch, ExitStack() as stack:
         log, texts = Path(scratch) / "steps.jsonl", Path(scratch) / "traces.jsonl"
@@ -109,7 +109,7 @@ def serve_and_measure(
         served = launches[BASELINE]
         played = luck.conditions(launch.drafter_of(launch.Flags(flags))) if sampled else None
         logs = bench.Logs(steplog.Reader(log), Tail(texts), played)
-        bench.measure(
+        left_out = bench.measure(
             urls,
             served.model,
             plan,
@@ -121,7 +121,7 @@ def serve_and_measure(
         )
         shown.update(bar, description=f"{model}: stopping the server")
     shown.update(bar, description=f"{model}: done")
-    about = {"name": served.model, **bench.model_facts(folder)}
+    about = {"name": served.model, **bench.model_facts(folder), **_without(left_out, shown)}
     return about, [
         {"of": name, "command": list(one.command), "environment": dict(one.environment)}
         for name, one in launches.items()
@@ -137,8 +137,16 @@ def on_running(
     bar = shown.add_task(model, total=None)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     tell = _on(shown, bar, model, blocks, deadline)
-    bench.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
-    return {"name": model}, [{"of": BASELINE, "url": url}]
+    left_out = bench.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
+    return {"name": model, **_without(left_out, shown)}, [{"of": BASELINE, "url": url}]
+
+
+def _without(left_out: Sequence[str], shown: Progress) -> dict[str, Any]:
+    """Say which prompts did not fit into the model's context, and return it for the results."""
+    if not left_out:
+        return {}
+    shown.console.print(f"Left out, too long for the model: {escape(', '.join(left_out))}")
+    return {"left_out": list(left_out)}
 
 
 def _blocks(plan: Plan, model: str) -> int:
@@ -163,7 +171,7 @@ def _on(
     return tell
 
 
-def _without_reuse(flags: Sequence[str]) -> list[str]:
+def without_reuse(flags: Sequence[str]) -> list[str]:
     """Return what keeps servers from reusing a prompt's KV cache, where the user did not decide.
 
     Every policy gets the same prompts, and all but the first would find theirs computed.

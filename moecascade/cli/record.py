@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from moecascade import bench, launch, policies, server, traces, workloads
 from moecascade.cli import measure
 from moecascade.cli.serve import find_model
-from moecascade.errors import SetupError
+from moecascade.errors import SetupError, TooLongError
 from moecascade.files import write_whole
 from moecascade.plan import Block, Request, Settings
 from moecascade.rows import BASELINE, MARK
@@ -105,9 +106,15 @@ def record(
                             lambda _request: shown.advance(bar),
                         )
 
-                asyncio.run(send())
+                left_out: set[str] = set()
+                try:
+                    asyncio.run(send())
+                except TooLongError as error:  # all others have been answered
+                    left_out.update(str(error).split(", "))
+                    shown.console.print(f"Left out, too long for the model: {escape(str(error))}")
             # The server has ended, so its log is whole.
-        lines = _lines(log, requests, out.with_suffix(".server.log"))
+        kept = tuple(request for request in requests if request.prompt.id not in left_out)
+        lines = _lines(log, kept, out.with_suffix(".server.log"))
     write_whole(out, "".join(lines))
     print(f"Recorded {len(lines)} requests in {out}. Replay them: moecascade replay {out}")
 

@@ -314,7 +314,6 @@ class Marginal:
             "utility": tokens / cost,
             "expected_tokens": tokens,
             "expected_seconds": self._costs.seconds(n + drafts, passes),
-            "confidence": self._costs.confidence(n + drafts),
             "lambda": self._batch_rate.value if self._crowded else r.rate.value,
             "lost": r.lost,
             "survival": list(survival),

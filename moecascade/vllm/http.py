@@ -1,24 +1,34 @@
 """HTTP: refuse bad per-request options with status 400 before they reach the engine.
 
 ``vllm serve ... --middleware moecascade.vllm.http.ValidateOptions``; `moecascade serve` adds it.
-Without it a bad option is logged and the request runs under the server's policy.
+Without it a bad option is logged and ignored; the request's others apply.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import ConfigError
-from moecascade.options import REQUEST_PREFIX, request_options, server_options
+from moecascade.options import REQUEST_PREFIX, RequestOptions, request_options, server_options
 from moecascade.vllm import compat
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _MARK = REQUEST_PREFIX.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of the engine: its longest draft, policies' settings, who may choose."""
+
+    max_k: int | None = None
+    settings_of: Callable[[str], Mapping[str, Any]] = lambda _name: {}
+    may_choose: bool = True
 
 
 class ValidateOptions:
@@ -31,7 +41,7 @@ class ValidateOptions:
     def __init__(self, app: ASGIApp) -> None:
         """Wrap `app`."""
         self._app = app
-        self._told: tuple[int, Callable[[str], Mapping[str, Any]]] | None = None
+        self._told: _Known | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 400 where our options are wrong; pass everything else on untouched."""
@@ -43,7 +53,7 @@ class ValidateOptions:
             await self._app(scope, receive, send)  # audio, images: nothing of ours
             return
         messages, body = await _read(receive)
-        problem = _problem(body, *self._known(scope)) if _MARK in body else None
+        problem = _problem(body, self._known(scope)) if _MARK in body else None
         if problem is not None:
             await _refuse(send, problem)
             return
@@ -53,15 +63,16 @@ class ValidateOptions:
 
         await self._app(scope, replay, send)
 
-    def _known(self, scope: Scope) -> tuple[int | None, Callable[[str], Mapping[str, Any]]]:
-        """Return the engine's longest draft, and what gives a policy's settings there."""
+    def _known(self, scope: Scope) -> _Known:
+        """Return what the server says of its engine."""
         if self._told is None:
             config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
             if config is None or config.speculative_config is None:
-                return None, lambda _name: {}  # the server does not say
+                return _Known()  # it does not say
             max_k, facts = compat.max_k(config), compat.model_facts(config)
             options = server_options(config.additional_config, max_k, facts)
-            self._told = max_k, partial(options.settings_of, facts=facts)
+            settings_of = partial(options.settings_of, facts=facts)
+            self._told = _Known(max_k, settings_of, options.request_options)
         return self._told
 
 
@@ -75,14 +86,17 @@ async def _read(receive: Receive) -> tuple[list[Message], bytes]:
             return messages, b"".join(message.get("body", b"") for message in messages)
 
 
-def _problem(
-    body: bytes, max_k: int | None, settings_of: Callable[[str], Mapping[str, Any]]
-) -> str | None:
+def _problem(body: bytes, known: _Known) -> str | None:
     """Return what is wrong with the options in `body`; None where nothing is, or it is no JSON."""
     try:
         extra_args: Any = json.loads(body).get("vllm_xargs")
         if isinstance(extra_args, dict):
-            request_options(extra_args, max_k, settings_of)
+            asked = request_options(extra_args, known.max_k, known.settings_of)
+            if not known.may_choose and asked != RequestOptions(task=asked.task):
+                return (
+                    "vllm_xargs: this server lets no request choose cascade_policy or "
+                    "cascade_max_k (request_options is false); leave them out"
+                )
     except ConfigError as error:
         return str(error)
     except (ValueError, AttributeError, RecursionError):

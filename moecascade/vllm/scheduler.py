@@ -216,7 +216,7 @@ class Scheduler(VllmScheduler):
             step,
             self._decisions,
             {request_id: self.controller.spec(request_id) for request_id in ids},
-            {request_id: self.controller.explain(request_id) for request_id in ids},
+            {id_: self._safely(self.controller.explain, id_) or {} for id_ in ids},
             self._controller_seconds,
             self._handover_seconds,
         )
