@@ -11,6 +11,7 @@ from moecascade.analysis import HINDSIGHT
 from moecascade.policies.dynamic_table import tuned
 from moecascade.rows import BASELINE, PLAIN, Row
 from moecascade.summary import Cell, totals
+from moecascade.workloads import workloads
 
 ADAPTIVE = ("cascade", "marginal")
 
@@ -49,7 +50,7 @@ def findings(
         seen: Of utility as `marginal` expected it, likewise.
     """
     return [
-        *_worst(cells, varied),
+        *_worst(main, cells, varied),
         *_crowds(main),
         *_advantage(main),
         *_tables(cells),
@@ -63,48 +64,80 @@ def findings(
     ]
 
 
-def _worst(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A policy on a workload, and where."""
+
+    speedup: float
+    low: float | None
+    high: float | None
+    policy: str
+    where: str
+
+    def said(self, named: bool) -> str:
+        """Return it in words, with the policy's name or without."""
+        name = f"{self.policy}, " if named else ""
+        within = "too few prompts for an interval"
+        if self.low is not None and self.high is not None:
+            within = f"{pace(self.high)} to {pace(self.low)}"
+        return f"{pace(self.speedup)} ({name}{self.where}; {within})"
+
+
+def _worst(rows: Sequence[Row], cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
+    """Return the worst workload of a model, as the paper has it, and at a single temperature."""
     made = []
-    for policy in ADAPTIVE:
-        what = f"{policy}: worst workload against no speculation"
-        if found := _lowest(cells, varied, policy):
-            made.append(Finding(what, found, paper.WORST.get(policy, "")))
-    if found := _lowest(cells, varied, "static:"):
-        what = "a static K: worst workload against no speculation"
-        made.append(Finding(what, found, paper.WORST["static"]))
+    kinds = {policy: "cascade" if policy == "cascade" else "" for policy in ADAPTIVE}
+    for kind, beside in {**kinds, "static:": "static"}.items():
+        several = kind not in ADAPTIVE
+        together = [p for p in _of_models(rows, varied) if _is(p.policy, kind)]
+        single = [p for p in _of_conditions(cells, varied) if _is(p.policy, kind)]
+        if not together or not single:
+            continue
+        said = _lowest(together, several)
+        if len({cell.temperature for cell in cells}) > 1:
+            said += f"; at one temperature: {_lowest(single, several)}"
+        what = f"{'a static K' if several else kind}: worst workload against no speculation"
+        made.append(Finding(what, said, paper.WORST.get(beside, "")))
     return made
 
 
-def _lowest(cells: Sequence[Cell], varied: Sequence[Cell], policy: str) -> str:
-    """Return the lowest speed-up of a policy, or of all whose names begin with `policy`.
+def _is(policy: str, kind: str) -> bool:
+    return policy == kind if kind in ADAPTIVE else policy.startswith(kind)
 
-    Where that one rests on too few prompts for an interval, the lowest of those with one as well.
-    """
-    exact = policy in ADAPTIVE
-    found = [
-        (cell.speedup, cell, where)
-        for some, where in ((cells, ""), (varied, ", see other settings"))
-        for cell in some
-        if (cell.policy == policy if exact else cell.policy.startswith(policy))
-        and cell.concurrency == 1
-        and cell.speedup is not None
+
+def _of_models(rows: Sequence[Row], varied: Sequence[Cell]) -> list[_Place]:
+    """Return every policy on every workload of a model, its temperatures together."""
+    rows = [row for row in rows if row.concurrency == 1]
+    made = _of_conditions((), varied)
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        made_of = workloads(list(dict.fromkeys(row.task for row in mine)))
+        for policy in dict.fromkeys(row.policy for row in mine):
+            for workload, tasks in made_of.items():
+                of_it = [row for row in mine if row.task in tasks]
+                if found := analysis.ratio(of_it, policy, BASELINE):
+                    where = f"{workload}, {model}"
+                    made.append(_Place(found.value, found.low, found.high, policy, where))
+    return made
+
+
+def _of_conditions(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[_Place]:
+    """Return every policy on every workload under every condition, one request at a time."""
+    return [
+        _Place(c.speedup, c.low, c.high, c.policy, f"{c.workload}, {c.condition.title}{aside}")
+        for some, aside in ((cells, ""), (varied, ", see other settings"))
+        for c in some
+        if c.concurrency == 1 and c.speedup is not None
     ]
-    if not found:
-        return ""
-    lowest = min(found, key=lambda one: one[0])
-    shown = [lowest]
-    judged = [one for one in found if one[1].low is not None]
-    if lowest not in judged and judged:
-        shown.append(min(judged, key=lambda one: one[0]))
-    said = []
-    for speedup, cell, where in shown:
-        name = "" if exact else f"{cell.policy}, "
-        within = "; too few prompts for an interval"
-        if cell.low is not None and cell.high is not None:
-            within = f"; {pace(cell.high)} to {pace(cell.low)}"
-        how = pace(speedup)
-        said.append(f"{how} ({name}{cell.workload}, {cell.condition.title}{where}{within})")
-    return "; with an interval: ".join(said)
+
+
+def _lowest(places: Sequence[_Place], named: bool) -> str:
+    """Return the lowest speed-up; where it has no interval, the lowest of those with one too."""
+    shown = [min(places, key=lambda place: place.speedup)]
+    judged = [place for place in places if place.low is not None]
+    if shown[0].low is None and judged:
+        shown.append(min(judged, key=lambda place: place.speedup))
+    return "; with an interval: ".join(place.said(named) for place in shown)
 
 
 def pace(speedup: float) -> str:
