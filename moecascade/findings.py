@@ -50,7 +50,7 @@ def findings(
         seen: Of utility as `marginal` expected it, likewise.
     """
     return [
-        *_worst(main, cells, varied),
+        *_worst(main, cells),
         *_crowds(main),
         *_advantage(main),
         *_tables(cells),
@@ -83,14 +83,13 @@ class _Place:
         return f"{pace(self.speedup)} ({name}{self.where}; {within})"
 
 
-def _worst(rows: Sequence[Row], cells: Sequence[Cell], varied: Sequence[Cell]) -> list[Finding]:
+def _worst(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Finding]:
     """Return the worst workload of a model, as the paper has it, and at a single temperature."""
     made = []
-    kinds = {policy: "cascade" if policy == "cascade" else "" for policy in ADAPTIVE}
-    for kind, beside in {**kinds, "static:": "static"}.items():
+    for kind, beside in {"cascade": "cascade", "marginal": "", "static:": "static"}.items():
         several = kind not in ADAPTIVE
-        together = [p for p in _of_models(rows, varied) if _is(p.policy, kind)]
-        single = [p for p in _of_conditions(cells, varied) if _is(p.policy, kind)]
+        together = [place for place in _of_models(rows) if _is(place.policy, kind)]
+        single = [place for place in _of_conditions(cells) if _is(place.policy, kind)]
         if not together or not single:
             continue
         said = _lowest(together, several)
@@ -105,12 +104,11 @@ def _is(policy: str, kind: str) -> bool:
     return policy == kind if kind in ADAPTIVE else policy.startswith(kind)
 
 
-def _of_models(rows: Sequence[Row], varied: Sequence[Cell]) -> list[_Place]:
+def _of_models(rows: Sequence[Row]) -> list[_Place]:
     """Return every policy on every workload of a model, its temperatures together."""
-    rows = [row for row in rows if row.concurrency == 1]
-    made = _of_conditions((), varied)
+    made = []
     for model in dict.fromkeys(row.model for row in rows):
-        mine = [row for row in rows if row.model == model]
+        mine = [row for row in rows if row.model == model and row.concurrency == 1]
         made_of = workloads(list(dict.fromkeys(row.task for row in mine)))
         for policy in dict.fromkeys(row.policy for row in mine):
             for workload, tasks in made_of.items():
@@ -121,12 +119,11 @@ def _of_models(rows: Sequence[Row], varied: Sequence[Cell]) -> list[_Place]:
     return made
 
 
-def _of_conditions(cells: Sequence[Cell], varied: Sequence[Cell]) -> list[_Place]:
+def _of_conditions(cells: Sequence[Cell]) -> list[_Place]:
     """Return every policy on every workload under every condition, one request at a time."""
     return [
-        _Place(c.speedup, c.low, c.high, c.policy, f"{c.workload}, {c.condition.title}{aside}")
-        for some, aside in ((cells, ""), (varied, ", see other settings"))
-        for c in some
+        _Place(c.speedup, c.low, c.high, c.policy, f"{c.workload}, {c.condition.title}")
+        for c in cells
         if c.concurrency == 1 and c.speedup is not None
     ]
 
@@ -142,6 +139,8 @@ def _lowest(places: Sequence[_Place], named: bool) -> str:
 
 def pace(speedup: float) -> str:
     """Return a speed-up in words: slower by so much more time, as in the paper, or faster."""
+    if abs(speedup - 1) < 0.0005:
+        return "no slower"
     return f"{1 / speedup - 1:.1%} slower" if speedup < 1 else f"{speedup - 1:.1%} faster"
 
 
@@ -244,7 +243,8 @@ def _apart(varied: Sequence[Cell]) -> list[Finding]:
         Finding(
             f"{condition.title}, see other settings: all tasks, against no speculation",
             "; ".join(
-                f"{cell.policy} {cell.speedup - 1:+z.1%}{_within(cell)}"
+                f"{cell.policy} {cell.speedup - 1:+z.1%}{_within(cell)}, worst workload "
+                f"{_worst_of(varied, cell.policy)}"
                 for cell in cells
                 if cell.speedup is not None and "[" not in cell.policy and cell.policy != BASELINE
             ),

@@ -205,6 +205,9 @@ def test_the_table_tuned_in_hindsight_has_the_best_k_of_each_size() -> None:
     table = tuned(measured)
     assert table == [(1, 3, 3), (4, 65_536, 0)]
     create("dynamic-table", 8, {"table": table})
+    # Sizes with the same K are one range.
+    more = {**measured, (2, 3): 70.0, (2, 8): 60.0}
+    assert tuned(more) == table
 
 
 # ---- Hugging Face --------------------------------------------------------------------------------

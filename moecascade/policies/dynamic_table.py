@@ -84,11 +84,13 @@ def tuned(measured: Mapping[tuple[int, int], float]) -> list[tuple[int, int, int
         measured: Tokens a second by (batch size, K).
     """
     sizes = sorted({size for size, _ in measured})
-    table = []
+    table: list[tuple[int, int, int]] = []
     for i, size in enumerate(sizes):
         ks = [k for s, k in measured if s == size]
         best = max(ks, key=lambda k: measured[size, k])
         first = 1 if i == 0 else size
         last = sizes[i + 1] - 1 if i + 1 < len(sizes) else 65_536
+        if table and table[-1][2] == best:
+            first = table.pop()[0]
         table.append((first, last, best))
     return table
