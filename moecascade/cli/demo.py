@@ -72,7 +72,7 @@ def demo(
     Starts a vLLM server on this machine, asks it for code, for mathematics and for facts in a text,
     one request at a time, under no speculation, fixed draft lengths, cascade and marginal in turn,
     and prints one table; policies that learn have served other prompts before. Results and a plot
-    are kept. Takes about eight minutes on two cores.
+    are kept. Takes about ten minutes on two cores.
 
     For example:
 
