@@ -167,16 +167,21 @@ class Marginal:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
         costs = self._costs.listed(n, len(requests) * self._max_k)
-        slots: list[tuple[float, _Request]] = []
+        worths: list[float] = []
+        owners: list[_Request] = []
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
             if proposal.tokens and r.max_k:
                 r.survival = self._acceptance.predict(r.record, proposal.tokens)
                 worth = 1.0 / r.rate.value
-                slots += [(s * worth, r) for s in r.survival[: self._most(r, n, costs)]]
+                slots = r.survival[: self._most(r, n, costs)]
+                worths += [s * worth for s in slots]
+                owners += [r] * len(slots)
         if len(requests) > 1:  # those of one are in order
-            slots.sort(key=lambda slot: -slot[0])
-        for _, r in slots[: admitted([worth for worth, _ in slots], n, costs)]:
+            best = sorted(range(len(worths)), key=worths.__getitem__, reverse=True)
+            worths = [worths[i] for i in best]
+            owners = [owners[i] for i in best]
+        for r in owners[: admitted(worths, n, costs)]:
             r.k += 1
         return [r.k for r in requests]
 
