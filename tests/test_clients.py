@@ -83,8 +83,13 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tm
         assert sum(at.steps for at in row.by_k) == row.steps == len(row.series)
     assert sum(row.drafted for row in rows) > 0
     # What a user waits for is what the engine measured, but for the last hop.
-    hops = sorted(row.decode_seconds / row.step_seconds for row in rows)
-    assert 0.7 < hops[len(hops) // 2] < 1.4
+    # A client that is kept waiting by the machine misses it in a row, not in most of them.
+    near = [
+        row.decoded == row.tokens - 1
+        and row.decode_seconds == pytest.approx(row.step_seconds, rel=0.25, abs=0.1)
+        for row in rows
+    ]
+    assert sum(near) > len(rows) // 2
     # What has been measured is not measured again.
     bench.measure({"off": url}, name, plan, journal)
     assert len(journal.rows) == 9

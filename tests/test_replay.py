@@ -66,9 +66,9 @@ def test_wrong_drafts_cost_what_they_cost() -> None:
     (outcome,) = play([invents()], "static:3", Conditions(MIXTRAL_LIKE))
     drafting = outcome.steps - outcome.off
     assert drafting > 50
-    # Near the answer's end drafts are cut: there two or one are of use.
-    saved = outcome.off + 1.95 * drafting - outcome.time
-    assert saved == pytest.approx(1.95 - 1.68 + 1.95 - 1.35, abs=0.95)
+    # The last draft is cut to two: the answer has room for no more.
+    assert outcome.drafted == 3 * drafting - 1
+    assert outcome.time == pytest.approx(outcome.off + 1.95 * (drafting - 1) + 1.68)
     assert outcome.tokens == 199
 
 
