@@ -18,9 +18,9 @@ from moecascade.summary import (
     interval,
     pair,
     summarise,
+    totals,
     units,
 )
-from moecascade.workloads import workloads
 
 HINDSIGHT = "best static K"
 """Stands in the place of a policy for the fixed K that was best under a condition."""
@@ -274,18 +274,39 @@ def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
 
 
 def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
-    """Return the fixed K that was best over all tasks, for each condition, as a policy's spec."""
+    """Return the fixed K that was best over all tasks, for each condition, as a policy's spec.
+
+    Where one K was asked more than another they are compared on what all were asked.
+    """
     best = {}
-    cells = summarise(rows)
-    for condition in dict.fromkeys(condition_of(row) for row in rows):
-        tasks = list(dict.fromkeys(row.task for row in rows if condition_of(row) == condition))
-        everything = list(workloads(tasks))[-1]
-        found = best_static(
-            [cell for cell in cells if cell.workload == everything and cell.condition == condition]
-        )
+    for condition, cells in totals(summarise(of_static(rows))).items():
+        found = best_static(cells)
         if found is not None:
             best[condition] = found.policy
     return best
+
+
+def of_static(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows under a fixed K and under the baseline that compare like with like.
+
+    Of each condition those of the runs that have every K which it has in any run; where there is no
+    such run, those of all.
+    """
+    rows = [row for row in rows if row.policy == BASELINE or row.policy.startswith("static:")]
+    ran: dict[tuple[Condition, str], set[str]] = defaultdict(set)
+    for row in rows:
+        if row.policy.startswith("static:"):
+            ran[condition_of(row), row.run].add(row.policy)
+    every: dict[Condition, set[str]] = defaultdict(set)
+    for (condition, _), specs in ran.items():
+        every[condition] |= specs
+    whole = {condition for (condition, _), specs in ran.items() if specs == every[condition]}
+    return [
+        row
+        for row in rows
+        if (condition := condition_of(row)) not in whole
+        or ran[condition, row.run] == every[condition]
+    ]
 
 
 def with_hindsight(rows: Sequence[Row]) -> list[Row]:

@@ -10,7 +10,7 @@ from moecascade import analysis, paper, policies
 from moecascade.analysis import HINDSIGHT
 from moecascade.policies.dynamic_table import tuned
 from moecascade.rows import BASELINE, PLAIN, Row
-from moecascade.summary import Cell, totals
+from moecascade.summary import Cell, summarise, totals
 from moecascade.workloads import workloads
 
 ADAPTIVE = ("cascade", "marginal")
@@ -53,7 +53,7 @@ def findings(
         *_worst(main, cells),
         *_crowds(main),
         *_advantage(main),
-        *_tables(cells),
+        *_tables(main),
         *_apart(varied),
         *_ablations(rows, varied),
         *_utility(points),
@@ -211,13 +211,13 @@ def _each_static(rows: Sequence[Row]) -> list[Finding]:
     return [Finding("cascade over each static K", said, paper.MEAN)] if len(parts) > 1 else []
 
 
-def _tables(cells: Sequence[Cell]) -> list[Finding]:
+def _tables(rows: Sequence[Row]) -> list[Finding]:
     """Return the tables of K by batch size that would have been best, as for vLLM's Dynamic SD.
 
     Batch sizes at which there was a choice, that is.
     """
     measured: dict[tuple[str, float], dict[tuple[int, int], float]] = {}
-    for condition, of in totals(cells).items():
+    for condition, of in totals(summarise(analysis.of_static(rows))).items():
         speedups = {
             (condition.concurrency, int(cell.policy.removeprefix("static:"))): cell.speedup
             for cell in of

@@ -5,7 +5,8 @@ one in flight it is one prompt. A *round* is the same prompts under every policy
 in an order that rotates from round to round, so that whatever drifts (clock speed, caches, what a
 policy has learnt) meets all of them alike. Rounds of different temperatures and concurrencies
 alternate, so that a run that ends early is a smaller run of the same shape; each begins elsewhere
-among the prompts, so that no policy has just answered what it is asked.
+among the prompts, so that no policy has just answered what it is asked. With another seed all begin
+elsewhere again, so that runs that end early add up.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Settings:
         temperatures: Of sampling; 0 is greedy.
         concurrencies: Requests in flight at once.
         max_tokens: The longest answer.
-        seed: Of sampling; the prompt's number is added to it.
+        seed: Of sampling; the prompt's number is added to it. Of where among the prompts it begins.
     """
 
     policies: tuple[str, ...] = ("off", "static:1", "static:3", "static:8", "cascade", "marginal")
@@ -52,12 +53,7 @@ class Settings:
             if spec != PLAIN:
                 policies.create(spec, policies.ANY_K)
         for name in ("policies", "temperatures", "concurrencies"):
-            values = getattr(self, name)
-            if not values:
-                raise ConfigError(f"no {name}: give at least one")
-            if len(set(values)) < len(values):
-                shown = ",".join(str(value) for value in values)
-                raise ConfigError(f"{name} {shown}: name each only once")
+            _check_list(name, getattr(self, name))
         if self.max_tokens < 2:
             raise ConfigError(
                 f"answers of {self.max_tokens} tokens (--max-tokens): give at least 2, for there "
@@ -68,10 +64,12 @@ class Settings:
                 raise ConfigError(
                     f"temperature {temperature} (--temperatures): give 0 (greedy) or more"
                 )
-        if min(self.concurrencies) < 1:
-            raise ConfigError(
-                f"concurrency {min(self.concurrencies)} (--concurrency): give 1 or more"
-            )
+        for name, value, least in (
+            ("concurrency", min(self.concurrencies), 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} {value} (--{name}): give {least} or more")
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -90,6 +88,15 @@ class Settings:
             int(spec.partition(":")[2]) for spec in self.policies if spec.startswith("static:")
         ]
         return max([int(launch.DRAFTER["num_speculative_tokens"]), *longest])
+
+
+def _check_list(name: str, values: Sequence[object]) -> None:
+    """Refuse an empty list and one with repetitions."""
+    if not values:
+        raise ConfigError(f"no {name}: give at least one")
+    if len(set(values)) < len(values):
+        shown = ",".join(str(value) for value in values)
+        raise ConfigError(f"{name} {shown}: name each only once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +128,19 @@ class Block:
     requests: tuple[Request, ...]
 
 
-def turned(prompts: Sequence[Prompt], part: int, parts: int) -> list[Prompt]:
+def turned(prompts: Sequence[Prompt], part: float, parts: int) -> list[Prompt]:
     """Return the prompts from that part of them on, then the others; tasks take the same turns."""
     tasks = len({prompt.task for prompt in prompts})
-    start = len(prompts) * part // parts // tasks * tasks
+    start = int(len(prompts) * part / parts) // tasks * tasks
     return [*prompts[start:], *prompts[:start]]
+
+
+def spread(seed: int) -> float:
+    """Return 0, 1/2, 1/4, 3/4, 1/8, ... for the seeds from 0 on: each far from those before.
+
+    That is van der Corput's sequence: the seed's binary digits, read backwards after the point.
+    """
+    return int(f"{seed:b}"[::-1], 2) / (1 << seed.bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +169,10 @@ class Plan:
         """Return the plan for one of several models, each beginning at prompts of its own.
 
         Where a run ends early it has then asked as many as it can: a model begins between the
-        places where the conditions of another do.
+        places where the conditions of another do, and with another seed between all those.
         """
-        prompts = turned(self.prompts, part, parts * self.settings.conditions)
+        begin = part + spread(self.settings.seed)
+        prompts = turned(self.prompts, begin, parts * self.settings.conditions)
         return replace(self, prompts=prompts, part=part)
 
     def rounds(self, model: str) -> list[list[Block]]:

@@ -127,6 +127,11 @@ class Line:
         return [cell.speedup for cell in self.cells if cell and cell.speedup is not None]
 
     @property
+    def pairs(self) -> int:
+        """How many pairs they rest on; what the columns have in common counts once."""
+        return sum(len(c.each) for c in ([self.total] if self.total else self.cells) if c)
+
+    @property
     def worst(self) -> float | None:
         """The lowest of them."""
         return min(self.speedups, default=None)
@@ -291,11 +296,12 @@ def _by_model() -> str:
 
 def markdown_table(table: Table) -> list[str]:
     """Return a table's lines."""
-    made = ["| policy | " + " | ".join([*table.columns, "worst", "mean"]) + " |"]
-    made.append("| --- |" + " ---: |" * (len(table.columns) + 2))
+    made = ["| policy | " + " | ".join([*table.columns, "worst", "mean", "pairs"]) + " |"]
+    made.append("| --- |" + " ---: |" * (len(table.columns) + 3))
     for line in table.lines:
         shown = [_markdown_cell(c, b) for c, b in zip(line.cells, table.best, strict=True)]
         shown += ["" if value is None else f"{value:.2f}" for value in (line.worst, line.mean)]
+        shown.append(str(line.pairs))
         made.append(f"| `{line.policy}` | " + " | ".join(shown) + " |")
     return made
 

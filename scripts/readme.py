@@ -80,15 +80,16 @@ def foresight(made: Report) -> list[str]:
 
 def _table(across: dict[Condition, list[Cell]], title: Callable[[Condition], str]) -> list[str]:
     lines = [
-        "| policy | " + " | ".join(title(condition) for condition in across) + " |",
-        "| --- |" + " ---: |" * len(across),
+        "| policy | " + " | ".join(title(condition) for condition in across) + " | pairs |",
+        "| --- |" + " ---: |" * (len(across) + 1),
     ]
     for policy in dict.fromkeys(cell.policy for cells in across.values() for cell in cells):
-        shown = []
+        shown, pairs = [], 0
         for cells in across.values():
             cell = next((cell for cell in cells if cell.policy == policy), None)
             shown.append(_cell(cell))
-        lines.append(f"| `{policy}` | " + " | ".join(shown) + " |")
+            pairs += len(cell.each) if cell else 0
+        lines.append(f"| `{policy}` | " + " | ".join([*shown, str(pairs)]) + " |")
     return lines
 
 

@@ -18,7 +18,7 @@ from moecascade import bench, plots, results
 from moecascade.client import Reply
 from moecascade.errors import ConfigError, SetupError
 from moecascade.journal import Journal
-from moecascade.plan import Block, Plan, Settings
+from moecascade.plan import Block, Plan, Settings, spread
 from moecascade.rows import AtK, Row, from_json, tally
 from moecascade.summary import Cell, Pairs, best_static, fastest, interval, summarise, units
 from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, apart, mix, own, read, workloads
@@ -204,6 +204,7 @@ def test_less_than_one_prompt_is_refused(number: int):
         ("max_tokens", 1, "at least 2"),
         ("temperatures", (-0.5,), "or more"),
         ("concurrencies", (0,), "or more"),
+        ("seed", -1, "or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(field: str, value: object, words: str):
@@ -241,6 +242,34 @@ def test_models_are_asked_different_prompts_as_long_as_there_are_some():
         rounds = Plan(mix(OURS), settings).turned(i, 2).rounds("local")
         asked += [blocks[0].requests[0].prompt.id for blocks in rounds[: len(rounds) // 4]]
     assert len(set(asked)) == len(asked) == len(OURS)
+
+
+def test_with_another_seed_a_short_run_asks_what_it_did_not_ask_before():
+    settings = replace(FIVE, temperatures=(0.0, 0.8))
+    asked: list[str] = []
+    for seed in range(4):
+        for i in range(2):
+            plan = Plan(mix(OURS), replace(settings, seed=seed)).turned(i, 2)
+            rounds = plan.rounds("local")[: len(OURS) // 8]
+            asked += [blocks[0].requests[0].prompt.id for blocks in rounds]
+            names = [
+                r.prompt.id for blocks in plan.rounds("local")[::2] for r in blocks[0].requests
+            ]
+            assert sorted(names) == sorted(p.id for p in OURS)  # a whole run asks all there are
+    assert len(set(asked)) == len(asked) == len(OURS)
+
+
+def test_seeds_begin_far_from_those_before():
+    assert [spread(seed) for seed in range(8)] == [
+        0,
+        1 / 2,
+        1 / 4,
+        3 / 4,
+        1 / 8,
+        5 / 8,
+        3 / 8,
+        7 / 8,
+    ]
 
 
 def planned(per_task: int, settings: Settings) -> list[Block]:

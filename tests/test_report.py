@@ -186,6 +186,26 @@ def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None
     )
 
 
+def test_static_ks_are_compared_on_what_all_of_them_were_asked(rows: list[Row]) -> None:
+    best = analysis.hindsight(rows)
+    # A further run, in which one of them met easier prompts: a thousand times faster.
+    further = [
+        replace(
+            row,
+            request="mc-ffffffff-00001",
+            decode_seconds=row.decode_seconds / (1000 if row.policy == "static:1" else 1),
+        )
+        for row in rows
+        if row.policy in ("off", "static:1", "cascade")
+    ]
+    assert {row.run for row in further} == {"ffffffff"}
+    assert analysis.hindsight([*rows, *further]) == best
+    assert "static:1" in analysis.hindsight(further).values()  # alone it is what there is
+    # What was chosen is compared with in both runs.
+    chosen = analysis.with_hindsight([*rows, *further])
+    assert len(chosen) >= len(analysis.with_hindsight(rows))
+
+
 def test_what_a_policy_saw_is_compared_with_what_came(rows: list[Row]) -> None:
     told = [replace(row, utility=1.5) if row.policy == "marginal" else row for row in rows]
     points = analysis.foreseen(told, "marginal")

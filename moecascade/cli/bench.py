@@ -58,7 +58,15 @@ def bench(
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="Longest answer, in tokens.")
     ] = DEFAULTS.max_tokens,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of sampling.")] = DEFAULTS.seed,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Of sampling, and of where among the prompts a run begins: runs that --minutes "
+            "ends ask others with another seed, and may go into one report.",
+        ),
+    ] = DEFAULTS.seed,
     minutes: Annotated[
         float | None,
         typer.Option(
