@@ -276,7 +276,7 @@ def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
 def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
     """Return the fixed K that was best over all tasks, for each condition, as a policy's spec.
 
-    Where one K was asked more than another they are compared on what all were asked.
+    Where some K were asked more than others they are compared on what most of them were asked.
     """
     best = {}
     for condition, cells in totals(summarise(of_static(rows))).items():
@@ -289,24 +289,14 @@ def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
 def of_static(rows: Sequence[Row]) -> list[Row]:
     """Return the rows under a fixed K and under the baseline that compare like with like.
 
-    Of each condition those of the runs that have every K which it has in any run; where there is no
-    such run, those of all.
+    Of each condition those of the run that has most K, and of runs that have the same.
     """
     rows = [row for row in rows if row.policy == BASELINE or row.policy.startswith("static:")]
-    ran: dict[tuple[Condition, str], set[str]] = defaultdict(set)
+    ran: dict[Condition, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
-        if row.policy.startswith("static:"):
-            ran[condition_of(row), row.run].add(row.policy)
-    every: dict[Condition, set[str]] = defaultdict(set)
-    for (condition, _), specs in ran.items():
-        every[condition] |= specs
-    whole = {condition for (condition, _), specs in ran.items() if specs == every[condition]}
-    return [
-        row
-        for row in rows
-        if (condition := condition_of(row)) not in whole
-        or ran[condition, row.run] == every[condition]
-    ]
+        ran[condition_of(row)][row.run].add(row.policy)
+    most = {condition: max(runs.values(), key=len) for condition, runs in ran.items()}
+    return [row for row in rows if ran[condition_of(row)][row.run] == most[condition_of(row)]]
 
 
 def with_hindsight(rows: Sequence[Row]) -> list[Row]:

@@ -8,7 +8,8 @@ fault is reported, the other policies do not notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, ParamSpec, TypeVar
 
 from moecascade import policies
@@ -111,7 +112,7 @@ class Controller:
         for request_id in request_ids:
             group = self._group_of.get(request_id)
             if group is not None:
-                k = self._guarded(group, group.policy.lookahead, request_id)
+                k = self._guarded(group, _lookahead, group.policy, request_id)
                 longest = max(longest, min(k or 0, self._max_k))
         return longest
 
@@ -181,4 +182,11 @@ def _decisions(group: _Group, proposals: Sequence[Proposal], max_k: int) -> dict
     ks = [d.k for d in decisions]
     if min(ks) < 0 or max(ks) > max_k:
         raise ValueError(f"policy {group.spec!r} decided a K outside 0..{max_k}: {decisions}")
+    if set(map(type, ks)) != {int}:  # NumPy's, say, which JSON does not know
+        return {id_: replace(d, k=index(d.k)) for id_, d in by_id.items()}
     return by_id
+
+
+def _lookahead(policy: Policy, request_id: str) -> int:
+    """Return how far the policy wants drafts; TypeError where it says no whole number."""
+    return index(policy.lookahead(request_id))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -68,7 +69,7 @@ def load(sources: Sequence[Path]) -> list[results.Results]:
     files: list[Path] = []
     for source in sources:
         files += sorted(source.rglob("*.json")) if source.is_dir() else [source]
-    found = [results.read(path) for path in files]
+    found = [results.read(path) for path in {path.resolve(): path for path in files}.values()]
     if not found:
         raise ConfigError(
             f"no results in {', '.join(map(str, sources))}; make some with 'moecascade bench'"
@@ -83,7 +84,7 @@ def build(found: Sequence[results.Results]) -> Report:
         ConfigError: They hold no measurements under the baseline.
     """
     try:
-        parts = [[from_json(values) for values in part.rows] for part in found]
+        parts = distinct([[from_json(values) for values in part.rows] for part in found])
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the results' rows are of another version ({error})") from None
     measured = [row for part in parts for row in part]
@@ -105,6 +106,33 @@ def build(found: Sequence[results.Results]) -> Report:
     said = findings(rows, rest or rows, cells, varied, points, seen)
     evened = any(a is not b for a, b in zip(rows, measured, strict=True))
     return Report(found, rows, cells, varied, aside, drawn, said, evened)
+
+
+def distinct(parts: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Return the rows of results with a name of its own for every run.
+
+    Names follow from what was asked for, so a run that is repeated, with other flags or on another
+    day, has the same; what is compared is of one run.
+    """
+    seen: set[str] = set()
+    made = []
+    for part in parts:
+        names = {row.run for row in part if row.run}
+        new = {}
+        for run in sorted(names & seen):
+            number = next(n for n in count() if f"{n:08x}" not in seen | names)
+            new[run] = f"{number:08x}"
+            seen.add(new[run])
+        seen |= names
+        made.append([_renamed(row, new.get(row.run)) for row in part])
+    return made
+
+
+def _renamed(row: Row, run: str | None) -> Row:
+    if run is None:
+        return row
+    request, block = (name.replace(row.run, run, 1) for name in (row.request, row.block))
+    return replace(row, request=request, block=block)
 
 
 @dataclass(frozen=True, slots=True)

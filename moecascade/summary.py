@@ -334,10 +334,15 @@ def totals(cells: Iterable[Cell]) -> dict[Condition, list[Cell]]:
 
 
 def fastest(cells: Iterable[Cell]) -> str | None:
-    """Return the policy whose interval begins above the speed-ups of all others, if one's does."""
+    """Return the policy whose interval begins above the speed-ups of all others, if one's does.
+
+    None where some were asked more than others: theirs are speed-ups on other prompts.
+    """
     known = {cell.policy: cell for cell in cells if cell.speedup is not None}
     best = max(known.values(), key=lambda cell: cell.speedup or 0.0, default=None)
     if best is None or best.policy == BASELINE or best.low is None:
+        return None
+    if len({len(cell.each) for cell in known.values()}) > 1:
         return None
     others = [cell.speedup or 0.0 for cell in known.values() if cell is not best]
     return best.policy if best.low > max(others, default=1.0) else None

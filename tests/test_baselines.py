@@ -241,6 +241,15 @@ def test_hf_goes_on_where_the_last_request_ended_unless_transient(
     assert ks(policy, "b") == [next_k]
 
 
+def test_hf_does_not_go_on_with_what_another_request_was_capped_at() -> None:
+    policy = create("hf-heuristic[first_k=5]", 8)
+    policy.add("capped", 1)
+    verify(policy, "capped", accepted=1)
+    policy.drop("capped")
+    policy.add("b", 8)
+    assert ks(policy, "b") == [5]
+
+
 def test_hf_does_not_move_where_nothing_was_drafted() -> None:
     policy = create("hf-heuristic[first_k=4]", 8)
     policy.add("r", 8)

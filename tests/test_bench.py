@@ -658,6 +658,13 @@ def test_what_is_fastest_is_said_only_where_its_interval_is_above_the_others():
     assert fastest(c for c in summarise(rows) if c.policy != "a") == "b"
     assert fastest(c for c in summarise(rows) if c.policy == "off") is None
     assert fastest([]) is None
+    # What was asked more is not compared with what was asked less.
+    rows += [row(f"code-{i}", "c", 10, 0.9) for i in range(8)]
+    assert fastest(c for c in summarise(rows) if c.policy in ("b", "c")) == "b"
+    rows += [
+        row(f"math-{i}", p, 10, 1.0 - 0.2 * (p == "b")) for i in range(8) for p in ("off", "b")
+    ]
+    assert fastest(c for c in summarise(rows) if c.policy in ("b", "c")) is None
 
 
 def test_any_policy_can_be_the_one_to_compare_with():

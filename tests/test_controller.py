@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from moecascade import policies
@@ -143,12 +144,23 @@ def test_a_request_ends_whatever_its_policy_does(faulty: type[Faulty]) -> None:
     assert len(c) == 0
 
 
-@pytest.mark.parametrize("k", [-1, 9])
-def test_a_decision_out_of_range_is_a_fault(faulty: type[Faulty], k: int) -> None:
+@pytest.mark.parametrize("k", [-1, 9, 2.0, float("nan")])
+def test_a_decision_that_is_no_draft_length_is_a_fault(faulty: type[Faulty], k: int) -> None:
     faulty.k = k
     c, faults = controller("faulty")
     c.add("r", RequestOptions())
     assert ks(decide(c, ["r"])) == {"r": 0}
+    assert faults == ["faulty"]
+
+
+def test_whole_numbers_of_any_kind_are_decisions(faulty: type[Faulty]) -> None:
+    faulty.k = np.int64(3)  # type: ignore[assignment]
+    c, faults = controller("faulty")
+    c.add("r", RequestOptions())
+    assert [(d.k, type(d.k)) for d in decide(c, ["r"]).values()] == [(3, int)]
+    assert c.lookahead(["r"]) == 3
+    faulty.k = 2.5  # type: ignore[assignment]
+    assert c.lookahead(["r"]) == 0
     assert faults == ["faulty"]
 
 

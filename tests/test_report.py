@@ -82,7 +82,10 @@ def rows() -> list[Row]:
     dense = [replace(r, model="dense", step_seconds=r.step_seconds) for r in made]
     crowd = [
         replace(
-            r, concurrency=4, block=f"{r.policy}-{r.prompt[-1]}", block_seconds=r.decode_seconds
+            r,
+            concurrency=4,
+            block=f"mc-{r.run}-{r.policy}-{r.prompt[-1]}",
+            block_seconds=r.decode_seconds,
         )
         for r in made
         if r.temperature == 0 and r.policy in ("off", "marginal")
@@ -276,6 +279,28 @@ def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results
     assert "cascade[backoff=1]" in console.file.getvalue()
     only = report.build([replace(found, rows=other)])
     assert [table.title for table in report.tables(only)] == titles[-2:]
+
+
+def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(found: results.Results) -> None:
+    slow = [
+        {
+            **row,
+            **{name: 3 * row[name] for name in ("decode_seconds", "step_seconds", "block_seconds")},
+            "by_k": [{**at, "seconds": 3 * at["seconds"]} for at in row["by_k"]],
+        }
+        for row in found.rows
+    ]
+    once = report.build([found])
+    twice = report.build([found, replace(found, rows=slow), found])
+    assert len(twice.rows) == 3 * len(once.rows)
+    for cell, again in zip(once.cells, twice.cells, strict=True):
+        assert (again.condition, again.policy, again.workload) == (
+            cell.condition,
+            cell.policy,
+            cell.workload,
+        )
+        assert len(again.each) == 3 * len(cell.each)
+        assert again.speedup == pytest.approx(cell.speedup, rel=0.02)  # luck is of all together
 
 
 def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results.Results) -> None:

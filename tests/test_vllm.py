@@ -15,7 +15,7 @@ from moecascade import policies, traces
 from moecascade.options import ServerOptions
 from moecascade.policies import register
 from moecascade.steps import Decision, Proposal, Step
-from tests.conftest import MAX_K, Engine
+from tests.conftest import MAX_K, MAX_LEN, Engine
 
 pytestmark = pytest.mark.engine
 
@@ -308,33 +308,48 @@ def test_drafts_that_are_filled_up_are_verified_as_far_as_they_were_found(
     assert plain <= drafted(steps) <= 1.1 * plain
 
 
-def test_drafts_of_a_drafter_that_did_not_run_are_neither_verified_nor_learnt_from(
-    draft_model_engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_near_the_end_of_a_context_nothing_is_drafted_so_nothing_verified_nor_learnt_from(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Near the end of the drafter's context vLLM fills drafts with zeros."""
-    engine = draft_model_engine
-    reference = engine.generate(PROMPTS[:2], policy("off"))
-    take = engine.core.model_executor.take_draft_token_ids
-
-    def zeros() -> Any:
-        drafts = take()
-        if drafts is not None:
-            drafts.draft_token_ids = [[0] * len(draft) for draft in drafts.draft_token_ids]
-        return drafts
-
-    monkeypatch.setattr(engine.core.model_executor, "take_draft_token_ids", zeros)
-    passes: list[int] = []
+    """Where one request comes near it vLLM drafts for none, and sends zeros as their drafts."""
+    tokens = engine.llm.get_tokenizer().encode(30 * PROMPTS[1])
+    long = {"prompt_token_ids": tokens[: MAX_LEN - 30]}
+    prompts: list[Any] = [long, PROMPTS[3]]
+    reference = engine.generate(prompts, policy("off"))
+    seen: list[Step] = []
     observe = engine.scheduler.controller.observe
 
     def watched(step: Step) -> None:
-        passes.append(step.passes)
+        seen.append(step)
         observe(step)
 
     monkeypatch.setattr(engine.scheduler.controller, "observe", watched)
-    outputs, steps = engine.generate_logged(PROMPTS[:2], policy("static:3"))
-    assert outputs == reference
-    assert {part["drafted"] for step in steps for part in step["requests"]} == {0}
-    assert set(passes[3:]) == {0}
+    assert engine.generate(prompts, policy(f"static:{MAX_K}")) == reference
+    first, position = seen[0].requests[0].request_id, MAX_LEN - 30
+    away: list[Step] = []
+    near: list[Step] = []
+    for step in seen:
+        parts = {part.request_id: part for part in step.requests}
+        if len(parts) == 2:
+            (near if position > MAX_LEN - MAX_K + 1 else away).append(step)
+        position += parts[first].emitted if first in parts else 0
+    assert any(part.drafted for step in away for part in step.requests)
+    assert len(near) >= 3
+    assert not any(part.drafted for step in near for part in step.requests)
+    assert not any(step.passes for step in near[1:])
+
+
+def test_a_pause_is_no_steps_time(ngram_engine: Engine) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = ngram_engine
+    engine.add("paused", PROMPTS[3], policy("off"), 8)
+    engine.step(3)
+    assert engine.scheduler._began is not None
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert engine.scheduler._began is None
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.drain()
 
 
 @pytest.mark.parametrize("log", ["_step_log", "_trace_log"])

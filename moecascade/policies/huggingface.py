@@ -62,7 +62,7 @@ class HuggingFace:
     def drop(self, request_id: str) -> None:
         """Forget the request; the next one goes on with its K."""
         cap, k = self._requests.pop(request_id, (0, 0))
-        if cap:
+        if cap == self._max_k:  # a request's own cap is no concern of the next
             self._last = k
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:

@@ -127,7 +127,26 @@ def second_runner(config: VllmConfig) -> bool:
 
 def check_supported(config: VllmConfig) -> None:
     """Raise ConfigError, with reason and remedy, for what the plugin cannot serve (yet)."""
-    speculative, parallel = config.speculative_config, config.parallel_config
+    _check_drafter(config)
+    parallel = config.parallel_config
+    if config.scheduler_config.async_scheduling:
+        raise ConfigError(ASYNC_SCHEDULING)
+    if second_runner(config):
+        _check_second_runner(config)
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        raise ConfigError(
+            "distributed_executor_backend='external_launcher' runs a scheduler on every rank; K "
+            "follows measured times, so they would come to differ; use 'mp'"
+        )
+    for name in SIZES:
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise ConfigError(too_many(name, size))
+
+
+def _check_drafter(config: VllmConfig) -> None:
+    """Raise ConfigError for what of --speculative-config the plugin cannot serve."""
+    speculative = config.speculative_config
     if speculative is None:
         raise ConfigError(
             "moecascade.vllm.Scheduler chooses draft lengths, but this engine has no drafter; add "
@@ -141,25 +160,17 @@ def check_supported(config: VllmConfig) -> None:
             "num_speculative_tokens_per_batch_size (vLLM's Dynamic SD) and moecascade both choose "
             "the draft length; remove it from --speculative-config"
         )
-    if config.scheduler_config.async_scheduling:
-        raise ConfigError(ASYNC_SCHEDULING)
+    if drafts_cost(config) and getattr(speculative, "parallel_drafting", False):
+        raise ConfigError(
+            "parallel_drafting is not supported by moecascade yet: such a drafter makes all tokens "
+            "in one pass, and vLLM cannot have it make fewer; use a draft model without it"
+        )
     if getattr(speculative, "draft_sample_method", "greedy") != "greedy":
         raise ConfigError(
             f"draft_sample_method {speculative.draft_sample_method!r} is not supported: K would be "
             "chosen by looking at sampled drafts, which changes what is accepted and so the text; "
             'use "greedy", vLLM\'s default'
         )
-    if second_runner(config):
-        _check_second_runner(config)
-    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
-        raise ConfigError(
-            "distributed_executor_backend='external_launcher' runs a scheduler on every rank; K "
-            "follows measured times, so they would come to differ; use 'mp'"
-        )
-    for name in SIZES:
-        size = getattr(parallel, name, 1)
-        if size > 1:
-            raise ConfigError(too_many(name, size))
 
 
 def unknown_drafter(method: str) -> str:
@@ -293,14 +304,14 @@ def without_fill(draft: list[int], text: Sequence[int]) -> list[int]:
     return draft
 
 
-def drafted_nothing(proposed: DraftTokenIds) -> bool:
-    """Return whether a model drafter did not run, though it was to.
+def drafted_nothing(proposed: DraftTokenIds, max_k: int) -> bool:
+    """Return whether the drafter did not run, though it was to.
 
-    Where a sequence of the batch is too long for the drafter, vLLM drafts for none: every draft is
-    zeros (0.32: `GPUModelRunner._input_fits_in_drafter`).
+    Where a sequence of the batch has come near the end of its context, vLLM drafts for none: every
+    draft is `max_k` zeros (0.32: `GPUModelRunner._input_fits_in_drafter`).
     """
     drafts = proposed.draft_token_ids
-    return any(drafts) and not any(any(draft) for draft in drafts)
+    return bool(drafts) and all(len(draft) == max_k and not any(draft) for draft in drafts)
 
 
 def with_drafts(proposed: DraftTokenIds, drafts: list[list[int]]) -> DraftTokenIds:

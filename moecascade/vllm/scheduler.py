@@ -144,6 +144,11 @@ class Scheduler(VllmScheduler):
         self._ended.append(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
+    def set_pause_state(self, *args: Any, **kwargs: Any) -> None:
+        """Pause or go on; the time between is no step's."""
+        self._began = None
+        super().set_pause_state(*args, **kwargs)
+
     def shutdown(self) -> None:
         """Close our logs as well."""
         for log in (self._step_log, self._trace_log):
@@ -230,8 +235,8 @@ class Scheduler(VllmScheduler):
                 self._trace_log.flush()
 
     def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
-        if self._drafts_cost and any(proposed.draft_token_ids):
-            self._draftless = compat.drafted_nothing(proposed)
+        if any(proposed.draft_token_ids):
+            self._draftless = compat.drafted_nothing(proposed, self._max_k)
         proposals = []
         for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True):
             request = self.requests.get(request_id)
