@@ -47,15 +47,15 @@ case ${1:-} in
   full)
     begin results/bench
     part core --models local,mixtral-16,qwen-moe --policies "vllm,off,$STATIC,cascade,marginal,$PEERS" \
-      --temperatures 0,0.8 --max-tokens 96 --warm-up 1 --minutes 38
+      --temperatures 0,0.8 --max-tokens 96 --warm-up 1 --minutes 40
     # The same of a few policies on other prompts: three times as many pairs as all could have in this time.
     part further --models local,mixtral-16,qwen-moe --policies off,static:3,cascade,marginal \
-      --temperatures 0,0.8 --max-tokens 96 --warm-up 2 --seed 1 --minutes 28
+      --temperatures 0,0.8 --max-tokens 96 --warm-up 2 --seed 1 --minutes 24
     part dense --models dense --policies "off,$STATIC,cascade,marginal" --max-tokens 96 --minutes 5
     part ablations --models mixtral-16 --policies "off,static:3,cascade,marginal,$ABLATIONS" \
       --temperatures 0.8 --max-tokens 192 --minutes 11 --speculative-config "$SELDOM"
     part crowd --models local --policies off,static:1,static:3,cascade,marginal,dynamic-table \
-      --concurrency 4,8 --max-tokens 96 --warm-up 4 --minutes 8
+      --concurrency 4,8 --max-tokens 96 --warm-up 4 --minutes 12
     ;;
   *)
     echo "usage: $0 quick|full" >&2
