@@ -365,7 +365,8 @@ def test_the_best_table_is_of_batch_sizes_at_which_there_was_a_choice(rows: list
         for row in alone
         if row.policy in ("off", "static:3")
     ]
-    made = findings([*alone, *crowd], [], summarise([*alone, *crowd]), [], [])
+    both = [*alone, *crowd]
+    made = findings(both, both, summarise(both), [], [])
     (line,) = [f.ours for f in made if f.what.startswith("the best table")]
     best = best_static([c for c in summarise(alone) if c.workload == ALL])
     assert best is not None

@@ -324,7 +324,8 @@ def test_near_the_end_of_a_context_nothing_is_drafted_so_nothing_verified_nor_le
         observe(step)
 
     monkeypatch.setattr(engine.scheduler.controller, "observe", watched)
-    assert engine.generate(prompts, policy(f"static:{MAX_K}")) == reference
+    slowly = [policy("static:1"), policy(f"static:{MAX_K}")]  # the long one comes near by steps
+    assert engine.generate(prompts, slowly) == reference
     first, position = seen[0].requests[0].request_id, MAX_LEN - 30
     away: list[Step] = []
     near: list[Step] = []
