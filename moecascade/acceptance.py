@@ -6,8 +6,9 @@ as often as rejection sampling would accept it, for a drafter that does not samp
 nothing is lost by looking only. No verification is ever needed to learn.
 
 The chance that token i of a draft is accepted, given that those before it were, is a logistic
-function of a few categories of its context, its place in the draft, how the request's last drafts
-fared, and what the target wrote after the same words elsewhere (`moecascade.phrases`). Weights are
+function of a few categories of its context, its place in the draft, where the draft breaks off, how
+the request's last drafts fared, and what the target wrote after the same words elsewhere
+(`moecascade.phrases`). Weights are
 shared by all requests and follow the outcomes by gradient steps that get smaller with each
 category's evidence (AdaGrad).
 
@@ -49,6 +50,7 @@ _STRETCHES = {
     "against": 2 * _MATCHES,
     "hits": 9,
     "last": 27,
+    "short": 9,
     # of one of its tokens
     "place": _MATCHES * LONGEST,
     "shorter": CLASSES,
@@ -58,8 +60,8 @@ _STRETCHES = {
     "pair": TOKENS,
 }
 _BEGINS = list(accumulate(_STRETCHES.values(), initial=0))
-_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST = _BEGINS[:6]
-_PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[6:]
+_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST, _SHORT = _BEGINS[:7]
+_PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[7:]
 _PLACES = [range(_PLACE + i, _SHORTER, _MATCHES) for i in range(_MATCHES)]  # after each match
 _MASK = TOKENS - 1
 
@@ -108,15 +110,21 @@ class Acceptance:
         self._right = [0.0] * LONGEST  # by place in a draft, of those that were compared
         self._tried = [0.0] * LONGEST
 
-    def predict(self, record: Record, draft: Sequence[int]) -> list[float]:
+    def predict(self, record: Record, draft: Sequence[int], asked: int = 0) -> list[float]:
         """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
 
         Of its first `LONGEST`, that is. The draft is remembered, and scored when the tokens come:
         see `learn`.
+
+        Args:
+            record: The request's.
+            draft: At least one token.
+            asked: Tokens that the drafter was asked for. One that copies gives fewer where the text
+                ends: the place that it copies from is so near that a repetition has only begun.
         """
         text, weights, slope = record.text, self._weights, self._slope
         context = text.context(draft[0])
-        features = _features(record, context)
+        features = _features(record, context, len(draft) if len(draft) < asked else 0)
         if record.shadow is not None:
             self._end(record.shadow)
         common = START + sum([weights[key] for key in features])
@@ -218,8 +226,11 @@ def _remember(record: Record, right: int) -> None:
     record.last = (3 * record.last + (0 if right == 0 else 1 if right < 3 else 2)) % 27
 
 
-def _features(record: Record, context: Context) -> Features:
-    """Return the categories that hold for every token of a draft, the first for any draft."""
+def _features(record: Record, context: Context, short: int) -> Features:
+    """Return the categories that hold for every token of a draft, the first for any draft.
+
+    `short` is the length of a draft that is shorter than it could have been, else 0.
+    """
     agreeing, opposing, places, agreed, _ = context
     share = 0 if not agreed else 1 + 3 * agreed // places
     return (
@@ -229,4 +240,5 @@ def _features(record: Record, context: Context) -> Features:
         _AGAINST + 2 * _STEPS[opposing] + (opposing >= agreeing),
         _HITS + int(record.hits * 8),
         _LAST + record.last,
+        _SHORT + min(short, 8),
     )
