@@ -50,7 +50,7 @@ _STRETCHES = {
     "against": 2 * _MATCHES,
     "hits": 9,
     "last": 27,
-    "short": 9,
+    "ended": 8,
     # of one of its tokens
     "place": _MATCHES * LONGEST,
     "shorter": CLASSES,
@@ -60,7 +60,7 @@ _STRETCHES = {
     "pair": TOKENS,
 }
 _BEGINS = list(accumulate(_STRETCHES.values(), initial=0))
-_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST, _SHORT = _BEGINS[:7]
+_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST, _ENDED = _BEGINS[:7]
 _PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[7:]
 _PLACES = [range(_PLACE + i, _SHORTER, _MATCHES) for i in range(_MATCHES)]  # after each match
 _MASK = TOKENS - 1
@@ -86,8 +86,8 @@ class Record:
     Attributes:
         text: Prompt and output so far.
         hits: Recent share of drafts whose first token was right.
-        last: Outcomes of the last three drafts, each a digit to the base of 3: none, 1 or 2, 3 or
-            more tokens right.
+        last: Outcomes of the last three drafts that were scored to their end, each a digit to the
+            base of 3: none, 1 or 2, 3 or more tokens right.
         shadow: The latest draft, until it is scored to its end. Older ones are not followed: they
             overlap it, and replay is no better with them.
     """
@@ -110,7 +110,7 @@ class Acceptance:
         self._right = [0.0] * LONGEST  # by place in a draft, of those that were compared
         self._tried = [0.0] * LONGEST
 
-    def predict(self, record: Record, draft: Sequence[int], asked: int = 0) -> list[float]:
+    def predict(self, record: Record, draft: Sequence[int], ended: bool = False) -> list[float]:
         """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
 
         Of its first `LONGEST`, that is. The draft is remembered, and scored when the tokens come:
@@ -119,14 +119,17 @@ class Acceptance:
         Args:
             record: The request's.
             draft: At least one token.
-            asked: Tokens that the drafter was asked for. One that copies gives fewer where the text
-                ends: the place that it copies from is so near that a repetition has only begun.
+            ended: See `Proposal`: a repetition has only begun.
         """
         text, weights, slope = record.text, self._weights, self._slope
         context = text.context(draft[0])
-        features = _features(record, context, len(draft) if len(draft) < asked else 0)
         if record.shadow is not None:
             self._end(record.shadow)
+            if record.shadow.scored:  # right as far as it was compared, or it would not be here
+                record.hits = _faded(record.hits, True)
+        features = _features(record, context)
+        if ended:
+            features += (_ENDED + min(len(draft), 8) - 1,)
         common = START + sum([weights[key] for key in features])
         own: list[Features] = []
         odds: list[float] = []
@@ -221,16 +224,17 @@ class Acceptance:
             weights[key] -= error / sqrt(seen)
 
 
+def _faded(hits: float, hit: bool) -> float:
+    return FADE * hits + (1.0 - FADE) * hit
+
+
 def _remember(record: Record, right: int) -> None:
-    record.hits = FADE * record.hits + (1.0 - FADE) * (right > 0)
+    record.hits = _faded(record.hits, right > 0)
     record.last = (3 * record.last + (0 if right == 0 else 1 if right < 3 else 2)) % 27
 
 
-def _features(record: Record, context: Context, short: int) -> Features:
-    """Return the categories that hold for every token of a draft, the first for any draft.
-
-    `short` is the length of a draft that is shorter than it could have been, else 0.
-    """
+def _features(record: Record, context: Context) -> Features:
+    """Return the categories that hold for every token of a draft, the first for any draft."""
     agreeing, opposing, places, agreed, _ = context
     share = 0 if not agreed else 1 + 3 * agreed // places
     return (
@@ -240,5 +244,4 @@ def _features(record: Record, context: Context, short: int) -> Features:
         _AGAINST + 2 * _STEPS[opposing] + (opposing >= agreeing),
         _HITS + int(record.hits * 8),
         _LAST + record.last,
-        _SHORT + min(short, 8),
     )

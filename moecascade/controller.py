@@ -19,7 +19,7 @@ from moecascade.policies import Policy
 from moecascade.steps import Decision, Proposal, Step
 
 MOST_SPECS = 32
-"""Policies kept at once. One that learns takes ten megabytes, and requests may ask for any spec."""
+"""Policies kept at once. Learning takes one 10 MB, in time 30, and requests may ask for any."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

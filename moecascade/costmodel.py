@@ -84,11 +84,12 @@ class CostModel:
             self._level = seconds / (prior + self._pass * passes)
         expected = self.relative(positions) + self._pass * passes
         surprise = seconds / (self._level * expected)
-        if surprise < 1.0 / self.outlier and self._seen < self.settled:
-            # What came before was slow for reasons of its own: code compiled, memory touched for
-            # the first time. Nothing of it says what drafts cost.
-            self._begin_anew()
-            expected = self.relative(positions) + self._pass * passes
+        if surprise < 1.0 / self.outlier:
+            # What came before was slow for reasons of its own: another program, code compiled,
+            # memory touched for the first time. Nothing of it says what drafts cost.
+            if self._seen < self.settled:
+                self._begin_anew()
+                expected = self.relative(positions) + self._pass * passes
             self._level, surprise = seconds / expected, 1.0
         if surprise > self.outlier and self._doubted < self.pauses:
             self._doubted += 1

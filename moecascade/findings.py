@@ -241,7 +241,8 @@ def _apart(varied: Sequence[Cell]) -> list[Finding]:
     """Return what the policies themselves gain where their settings are varied."""
     return [
         Finding(
-            f"{condition.title}, see other settings: all tasks, against no speculation",
+            f"{condition.title}, in the run that varies settings: all tasks, against no "
+            "speculation",
             "; ".join(
                 f"{cell.policy} {cell.speedup - 1:+z.1%}{_within(cell)}, worst workload "
                 f"{_worst_of(varied, cell.policy)}"

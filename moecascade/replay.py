@@ -20,7 +20,7 @@ from moecascade.costmodel import expert_union
 from moecascade.drafters import NgramDrafter
 from moecascade.errors import ConfigError
 from moecascade.policies import Policy, create
-from moecascade.steps import Decision, Proposal, RequestStep, Step
+from moecascade.steps import Proposal, RequestStep, Step
 from moecascade.traces import Trace
 
 ORACLE = "oracle"
@@ -58,9 +58,11 @@ class Conditions:
 
     def __post_init__(self) -> None:
         """Check the values; ConfigError names the first that is wrong."""
+        if self.max_k < 1:
+            raise ConfigError(f"longest draft {self.max_k} (--max-k): give 1 or more")
         if len(self.costs) != self.max_k + 1:
             raise ConfigError(
-                f"{len(self.costs)} costs: give one for each of 0 to {self.max_k} drafts, "
+                f"{len(self.costs)} costs (--cost): give one for each of 0 to {self.max_k} drafts, "
                 f"{self.max_k + 1} in all, or change --max-k"
             )
         for cost in self.costs:
@@ -68,6 +70,8 @@ class Conditions:
                 raise ConfigError(f"cost {cost} (--cost): give times above 0")
         if not 0 <= self.noise < math.inf:
             raise ConfigError(f"noise {self.noise} (--noise): give 0 or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} (--seed): give 0 or more")
         if self.batch < 1:
             raise ConfigError(f"batch {self.batch}: give 1 or more")
         if not 1 <= self.ngram_min <= self.ngram_max:
@@ -125,10 +129,17 @@ class _Running:
     outcome: Outcome
     at: int = 1  # tokens emitted; the first comes with the prompt
     proposal: Sequence[int] = field(default_factory=list)
+    ended: bool = False  # see `Proposal`
+
+    def propose(self, max_k: int) -> None:
+        """Draft what the rest of the answer has room for: one token comes anyway."""
+        found = self.drafter.propose()
+        self.proposal = found[: len(self.outcome.trace.output) - self.at - 1]
+        self.ended = len(self.proposal) == len(found) < max_k
 
     def matching(self) -> int:
         """Return how many tokens of the proposal are right."""
-        rest = self.outcome.trace.output[self.at :]
+        rest = self.outcome.trace.output[self.at : self.at + len(self.proposal)]
         right = 0
         for drafted, token in zip(self.proposal, rest, strict=False):
             if drafted != token:
@@ -172,8 +183,7 @@ def play(
         while queue and len(running) < conditions.batch:
             running.append(_begin(queue.pop(), len(queue), chooser, conditions))
         for r in running:
-            room = len(r.outcome.trace.output) - r.at
-            r.proposal = r.drafter.propose()[: room - 1]  # one comes anyway
+            r.propose(conditions.max_k)
         ks = _oracle(running, conditions) if chooser is None else _ask(chooser, running)
         _step(running, ks, chooser, conditions, float(np.exp(random.normal(0, conditions.noise))))
         still = []
@@ -202,7 +212,7 @@ def _begin(trace: Trace, name: int, policy: Policy | None, conditions: Condition
 
 
 def _ask(policy: Policy, running: Sequence[_Running]) -> list[int]:
-    decisions: list[Decision] = policy.decide([Proposal(r.name, r.proposal) for r in running])
+    decisions = policy.decide([Proposal(r.name, r.proposal, r.ended) for r in running])
     return [decision.k for decision in decisions]
 
 

@@ -53,6 +53,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         )  # strings may hold other line ends
     except OSError as error:
         raise ConfigError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"cannot read trace {str(path)!r}: not UTF-8 at byte {error.start}; unpack it if it is "
+            "packed"
+        ) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -95,10 +100,12 @@ def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
 
 @dataclass(slots=True)
 class _Open:
-    """A request that has not ended."""
+    """A request that has not ended; its tokens are kept where they will be written."""
 
     task: str
-    prompt: Sequence[int]
+    prompt_tokens: int
+    output_tokens: int = 0
+    prompt: Sequence[int] = ()
     output: list[int] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
 
@@ -125,13 +132,16 @@ class TraceLog:
     def begin(self, request_id: str, task: str, prompt: Sequence[int]) -> None:
         """A request begins."""
         # A copy: in a streaming session vLLM lengthens its list by the answer and what comes next.
-        self._open[request_id] = _Open(task, tuple(prompt))
+        kept = tuple(prompt) if self._tokens else ()
+        self._open[request_id] = _Open(task, len(prompt), prompt=kept)
 
     def step(self, step: Step) -> None:
         """Take a step's part of each request."""
         for part in step.requests:
             if (request := self._open.get(part.request_id)) is not None and part.emitted:
-                request.output.extend(part.tokens)
+                request.output_tokens += len(part.tokens)
+                if self._tokens:
+                    request.output.extend(part.tokens)
                 request.steps.append(
                     {"drafted": part.drafted, "emitted": part.emitted, "seconds": step.seconds}
                 )
@@ -144,8 +154,8 @@ class TraceLog:
         line = {
             "id": request_id,
             "task": request.task,
-            "prompt_tokens": len(request.prompt),
-            "output_tokens": len(request.output),
+            "prompt_tokens": request.prompt_tokens,
+            "output_tokens": request.output_tokens,
             "prompt_token_ids": list(request.prompt) if self._tokens else None,
             "output_token_ids": request.output if self._tokens else None,
             "steps": request.steps,

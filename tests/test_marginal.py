@@ -80,19 +80,36 @@ def test_acceptance_is_learnt_from_drafts_that_nobody_verified() -> None:
 
 
 def test_a_draft_that_breaks_off_is_judged_by_that() -> None:
-    """All else alike, fewer tokens than were asked for tell something, a short question nothing."""
-    chances = {}
-    for asked in (8, 4):
+    """All else alike: where the text that is copied ends tells something, its length alone not."""
+    for ends in (True, False):
         rng = random.Random(0)
         model = Acceptance()
+        chances = {}
         for _ in range(200):
             for length in (4, 8):
                 text = [rng.randrange(10_000) for _ in range(40)]
                 record = Record(Text(text + text[:4]))
-                chances[asked, length] = model.predict(record, text[4 : 4 + length], asked)[0]
+                draft = text[4 : 4 + length]
+                chances[length] = model.predict(record, draft, ends and length < 8)[0]
                 model.learn(record, text[4:12] if length == 8 else [10_000])
-    assert chances[8, 8] > 0.9 > 0.1 > chances[8, 4]
-    assert 0.4 < chances[4, 4] < 0.7
+        if ends:
+            assert chances[8] > 0.9 > 0.1 > chances[4]
+        else:
+            assert 0.4 < chances[4] < 0.7
+
+
+def test_drafts_that_were_right_as_far_as_they_were_compared_are_hits() -> None:
+    """At K = 0 a step compares one token, and the next draft takes its place."""
+    model, text = Acceptance(), list(range(100))
+    record = Record(Text([1, 2, 3, 1, 2]))
+    for _ in range(10):
+        model.predict(record, [7, 7])
+        model.learn(record, [8])
+    assert record.hits < 0.1
+    for i in range(30):
+        model.predict(record, text[i : i + 8])
+        model.learn(record, text[i : i + 1])
+    assert record.hits > 0.9
 
 
 def test_chances_are_kept_where_there_is_nothing_to_learn_but_noise() -> None:
@@ -233,6 +250,21 @@ def test_a_slow_first_step_does_not_make_drafts_look_free(slower: float) -> None
         assert model.cost(1, 8) > 1.8
         assert model.cost(1, 3) > 1.3
     assert model.seconds(1) == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_burst_of_slow_steps_does_not_make_drafts_look_dear() -> None:
+    """Another program has the cores for some steps, more than the few that count as a pause."""
+    curve = [1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8]
+    model = CostModel()
+    for i in range(300):
+        model.observe(1 + i % 9, 0.02 * curve[i % 9])
+    for _ in range(6):
+        model.observe(1, 0.2)
+    for _ in range(20):
+        model.observe(1, 0.02)
+    for k in (1, 3, 8):
+        assert model.cost(1, k) == pytest.approx(curve[k], rel=0.05)
+    assert model.seconds(1) == pytest.approx(0.02, rel=0.05)
 
 
 def test_costs_of_drafting_and_of_verifying_are_told_apart() -> None:

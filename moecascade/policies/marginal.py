@@ -167,13 +167,12 @@ class Marginal:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
         costs = self._costs.listed(n, len(requests) * self._max_k)
-        asked = self._max_k if self._drafting is None else self._ahead
         worths: list[float] = []
         owners: list[_Request] = []
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
             if proposal.tokens and r.max_k:
-                r.survival = self._acceptance.predict(r.record, proposal.tokens, asked)
+                r.survival = self._acceptance.predict(r.record, proposal.tokens, proposal.ended)
                 worth = 1.0 / r.rate.value
                 slots = r.survival[: self._most(r, n, costs)]
                 worths += [s * worth for s in slots]
