@@ -6,9 +6,8 @@ as often as rejection sampling would accept it, for a drafter that does not samp
 nothing is lost by looking only. No verification is ever needed to learn.
 
 The chance that token i of a draft is accepted, given that those before it were, is a logistic
-function of a few categories of its context, its place in the draft, where the draft breaks off, how
-the request's last drafts fared, and what the target wrote after the same words elsewhere
-(`moecascade.phrases`). Weights are
+function of a few categories of its context, its place in the draft, how the request's last drafts
+fared, and what the target wrote after the same words elsewhere (`moecascade.phrases`). Weights are
 shared by all requests and follow the outcomes by gradient steps that get smaller with each
 category's evidence (AdaGrad).
 
@@ -50,7 +49,6 @@ _STRETCHES = {
     "against": 2 * _MATCHES,
     "hits": 9,
     "last": 27,
-    "ended": 8,
     # of one of its tokens
     "place": _MATCHES * LONGEST,
     "shorter": CLASSES,
@@ -60,8 +58,8 @@ _STRETCHES = {
     "pair": TOKENS,
 }
 _BEGINS = list(accumulate(_STRETCHES.values(), initial=0))
-_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST, _ENDED = _BEGINS[:7]
-_PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[7:]
+_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST = _BEGINS[:6]
+_PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[6:]
 _PLACES = [range(_PLACE + i, _SHORTER, _MATCHES) for i in range(_MATCHES)]  # after each match
 _MASK = TOKENS - 1
 
@@ -110,16 +108,11 @@ class Acceptance:
         self._right = [0.0] * LONGEST  # by place in a draft, of those that were compared
         self._tried = [0.0] * LONGEST
 
-    def predict(self, record: Record, draft: Sequence[int], ended: bool = False) -> list[float]:
+    def predict(self, record: Record, draft: Sequence[int]) -> list[float]:
         """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
 
         Of its first `LONGEST`, that is. The draft is remembered, and scored when the tokens come:
         see `learn`.
-
-        Args:
-            record: The request's.
-            draft: At least one token.
-            ended: See `Proposal`: a repetition has only begun.
         """
         text, weights, slope = record.text, self._weights, self._slope
         context = text.context(draft[0])
@@ -128,8 +121,6 @@ class Acceptance:
             if record.shadow.scored:  # right as far as it was compared, or it would not be here
                 record.hits = _faded(record.hits, True)
         features = _features(record, context)
-        if ended:
-            features += (_ENDED + min(len(draft), 8) - 1,)
         common = START + sum([weights[key] for key in features])
         own: list[Features] = []
         odds: list[float] = []

@@ -129,13 +129,6 @@ class _Running:
     outcome: Outcome
     at: int = 1  # tokens emitted; the first comes with the prompt
     proposal: Sequence[int] = field(default_factory=list)
-    ended: bool = False  # see `Proposal`
-
-    def propose(self, max_k: int) -> None:
-        """Draft what the rest of the answer has room for: one token comes anyway."""
-        found = self.drafter.propose()
-        self.proposal = found[: len(self.outcome.trace.output) - self.at - 1]
-        self.ended = len(self.proposal) == len(found) < max_k
 
     def matching(self) -> int:
         """Return how many tokens of the proposal are right."""
@@ -183,7 +176,8 @@ def play(
         while queue and len(running) < conditions.batch:
             running.append(_begin(queue.pop(), len(queue), chooser, conditions))
         for r in running:
-            r.propose(conditions.max_k)
+            room = len(r.outcome.trace.output) - r.at
+            r.proposal = r.drafter.propose()[: room - 1]  # one comes anyway
         ks = _oracle(running, conditions) if chooser is None else _ask(chooser, running)
         _step(running, ks, chooser, conditions, float(np.exp(random.normal(0, conditions.noise))))
         still = []
@@ -212,7 +206,7 @@ def _begin(trace: Trace, name: int, policy: Policy | None, conditions: Condition
 
 
 def _ask(policy: Policy, running: Sequence[_Running]) -> list[int]:
-    decisions = policy.decide([Proposal(r.name, r.proposal, r.ended) for r in running])
+    decisions = policy.decide([Proposal(r.name, r.proposal) for r in running])
     return [decision.k for decision in decisions]
 
 

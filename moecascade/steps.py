@@ -64,14 +64,10 @@ class Proposal:
     Attributes:
         request_id: The engine's name for the request.
         tokens: The draft, as long as the drafter could make it; empty where it had none.
-        ended: Whether it is shorter than was asked for because the drafter, one that copies, came
-            to the end of the text: the place that it copies from is near. Not where the answer has
-            room for no more.
     """
 
     request_id: str
     tokens: Sequence[int] = ()
-    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)

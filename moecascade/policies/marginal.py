@@ -172,7 +172,7 @@ class Marginal:
         for proposal, r in zip(proposals, requests, strict=True):
             r.k, r.survival = 0, ()
             if proposal.tokens and r.max_k:
-                r.survival = self._acceptance.predict(r.record, proposal.tokens, proposal.ended)
+                r.survival = self._acceptance.predict(r.record, proposal.tokens)
                 worth = 1.0 / r.rate.value
                 slots = r.survival[: self._most(r, n, costs)]
                 worths += [s * worth for s in slots]

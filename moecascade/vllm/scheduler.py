@@ -241,7 +241,7 @@ class Scheduler(VllmScheduler):
         for request_id, tokens in zip(proposed.req_ids, proposed.draft_token_ids, strict=True):
             request = self.requests.get(request_id)
             if request is not None and not request.is_prefill_chunk and not request.is_finished():
-                proposals.append(self._usable(tokens, request))
+                proposals.append(Proposal(request_id, self._usable(tokens, request)))
         decided = self.controller.decide(proposals)
         self._decisions.update(decided)
         drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
@@ -250,18 +250,16 @@ class Scheduler(VllmScheduler):
                 drafts[proposal.request_id] = list(proposal.tokens[: decision.k])
         return compat.with_drafts(proposed, list(drafts.values()))
 
-    def _usable(self, draft: list[int], request: Request) -> Proposal:
+    def _usable(self, draft: list[int], request: Request) -> list[int]:
         """Return what of a draft the drafter thought of, and the answer has room for."""
         if self._draftless:
-            return Proposal(request.request_id)
+            return []
         if draft and not compat.told(draft):
             self._report("drafts", "vLLM's worker does not tell them, so none is verified")
-            return Proposal(request.request_id)
+            return []
         if draft and self._fills_up:
             draft = compat.without_fill(draft, request.all_token_ids)
-        usable = draft[: compat.room(request)]
-        ended = not self._drafts_cost and len(usable) == len(draft) < self._max_k
-        return Proposal(request.request_id, usable, ended)
+        return draft[: compat.room(request)]
 
     # ---- faults ----------------------------------------------------------------------------------
 
