@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -124,6 +125,8 @@ def test_marginal_with_free_drafts_is_as_good_as_the_longest_draft() -> None:
         ({"costs": [0.0] * 9}, ["cost 0"]),
         ({"noise": -1.0}, ["noise -1.0"]),
         ({"batch": 0}, ["batch 0"]),
+        ({"seed": -1}, ["seed -1"]),
+        ({"max_k": 0, "costs": [1.0]}, ["longest draft 0"]),
         ({"ngram_min": 5}, ["5 to 4"]),
     ],
 )
@@ -167,9 +170,10 @@ def test_the_command_prints_json_of_the_documented_form(
         (["no-such.jsonl"], ["no-such.jsonl", "cannot read"]),
         (["{path}", "--policies", "cascad"], ["'cascad'", "did you mean 'cascade'"]),
         (["{path}", "--cost", "1,x"], ["'1,x'"]),
-        (["{path}", "--max-k", "9"], ["9 costs", "10 in all"]),
+        (["{path}", "--max-k", "9"], ["9 costs (--cost)", "10 in all"]),
         (["{path}", "--drafter", "eagle"], ["'eagle'", "ngram"]),
         (["{broken}"], ["line 1", "output_token_ids"]),
+        (["{packed}"], ["not UTF-8", "unpack"]),
     ],
 )
 def test_bad_input_ends_with_exit_code_2(
@@ -178,7 +182,10 @@ def test_bad_input_ends_with_exit_code_2(
     path = write(tmp_path / "t.jsonl", [copies(1)])
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": "x"}\n')
-    done = cli("replay", *(a.format(path=path, broken=broken) for a in arguments))
+    packed = tmp_path / "t.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    names = {"path": path, "broken": broken, "packed": packed}
+    done = cli("replay", *(a.format(**names) for a in arguments))
     assert done.returncode == 2
     for word in words:
         assert word in done.stderr
