@@ -482,12 +482,12 @@ def served(
 def test_a_model_drafter_is_used_about_as_well_as_by_the_best_static_k(
     chances: tuple[float, ...], pass_cost: float
 ) -> None:
-    """In text where no word tells anything, learning from words costs most where all are right."""
+    """Mean of three seeds: one alone is off by up to four points where most drafts are right."""
     shares = []
     for seed in range(3):
         best = max(served(f"static:{k}", chances, pass_cost, seed)[0] for k in range(1, 6))
         shares.append(served("marginal", chances, pass_cost, seed)[0] / max(1.0, best))
-    assert np.mean(shares) >= (0.9 if (chances, pass_cost) == ((0.85,), 0.05) else 0.98)
+    assert np.mean(shares) >= 0.96
 
 
 def test_a_model_drafts_further_where_its_passes_pay() -> None:
