@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from moecascade.controller import Controller
-from moecascade.machine import caption, describe
-from moecascade.options import RequestOptions, ServerOptions
-from moecascade.steps import Proposal, RequestStep, Step
+from moecascade.core.controller import Controller
+from moecascade.core.options import RequestOptions, ServerOptions
+from moecascade.core.step import Proposal, RequestStep, Step
+from moecascade.serving.machine import caption, describe
 
 POLICIES = ("off", "static:3", "cascade", "marginal")
 BATCHES = (1, 8, 64, 256)

@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from moecascade import policies, replay, traces
-from moecascade.replay import MIXTRAL_LIKE, ORACLE, Conditions
-from moecascade.traces import Trace
+from moecascade import policies
+from moecascade.replay import player
+from moecascade.replay.player import MIXTRAL_LIKE, ORACLE, Conditions
+from moecascade.telemetry import traces
+from moecascade.telemetry.traces import Trace
 
 STATIC = tuple(f"static:{k}" for k in (1, 2, 3, 5, 8))
 ALL = (*STATIC, "cascade", "marginal", ORACLE)
@@ -70,7 +72,7 @@ def read(paths: dict[str, list[Path]]) -> None:
 def played(task: Task) -> tuple[Task, dict[str, Any]]:
     """Replay one task."""
     conditions = Conditions(CURVES[task.curve], NOISE, task.seed)
-    return task, replay.summarise(replay.play(SETS[task.name], task.policy, conditions))
+    return task, player.summarise(player.play(SETS[task.name], task.policy, conditions))
 
 
 def garbled(trace: Trace, seed: int) -> Trace:
@@ -91,10 +93,10 @@ def changed(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], float]:
         rest = [garbled(trace, i) for i, trace in enumerate(rest)]
     costs = TWICE if what == "costs double" else MIXTRAL_LIKE
     served = policies.create("marginal", len(costs) - 1)
-    replay.play(first, served, Conditions(MIXTRAL_LIKE, NOISE, seed))
+    player.play(first, served, Conditions(MIXTRAL_LIKE, NOISE, seed))
     after = Conditions(costs, NOISE, seed + 1)
     speeds = [
-        replay.summarise(replay.play(rest, policy, after))["speedup"]
+        player.summarise(player.play(rest, policy, after))["speedup"]
         for policy in (served, "marginal")
     ]
     return job, float(speeds[0]) / float(speeds[1])  # type: ignore[arg-type]

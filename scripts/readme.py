@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from moecascade import analysis, machine, policies, report
-from moecascade.report import Report
-from moecascade.rows import PLAIN
-from moecascade.summary import Cell, Condition, totals
+from moecascade import policies
+from moecascade.evaluation.report import diagnostics, page
+from moecascade.evaluation.report.page import Report
+from moecascade.evaluation.report.speedups import Cell, Condition, totals
+from moecascade.evaluation.request_record import PLAIN
+from moecascade.serving import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -73,7 +75,7 @@ def foresight(made: Report) -> list[str]:
     ]
     asides = {row.run for row in made.rows if policies.parse(row.policy)[2]}
     rows = [row for row in made.rows if row.concurrency == 1 and row.run not in asides]
-    for c in analysis.calibration(rows, "marginal"):
+    for c in diagnostics.calibration(rows, "marginal"):
         shares = ["" if share is None else f"{share:.0%}" for share in (c.expected, c.accepted)]
         lines.append(f"| {c.k} | {c.steps} | {shares[0]} | {shares[1]} | {c.time_error:.0%} |")
     return lines
@@ -110,7 +112,7 @@ BLOCKS = {
 def main() -> None:
     """Rewrite the blocks and copy the figures."""
     folder = Path(sys.argv[1])
-    made = report.build(report.load([folder]))
+    made = page.build(page.load([folder]))
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         changed = BETWEEN.sub(lambda m: m[1] + "\n".join(BLOCKS[m[2]](made)) + m[3], text)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moecascade import replay, traces
+from moecascade.core.marginal.rule import Marginal
+from moecascade.core.step import Decision, Proposal
 from moecascade.policies import register
-from moecascade.policies.marginal import Marginal
-from moecascade.steps import Decision, Proposal
+from moecascade.replay import player
+from moecascade.telemetry import traces
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "images" / "marginal.png"
 Shown = tuple[int, float, list[float], list[float]]  # K, lambda, survival, costs
@@ -39,8 +40,8 @@ class Watched(Marginal):
 def main() -> None:
     """Replay, choose three decisions, draw them."""
     register(Watched)
-    conditions = replay.Conditions(replay.MIXTRAL_LIKE, noise=0.05)
-    replay.play(list(traces.read(sys.argv[1:])), "watched", conditions)
+    conditions = player.Conditions(player.MIXTRAL_LIKE, noise=0.05)
+    player.play(list(traces.read(sys.argv[1:])), "watched", conditions)
     late = seen[len(seen) // 2 :]  # once it has learnt
     chosen = []
     for title, k in (("an invention: K = 0", 0), ("in doubt: K = 2", 2), ("a copy: K = 8", 8)):

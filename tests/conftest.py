@@ -131,12 +131,12 @@ class Engine:
 
     def steps_of(self, act: Callable[[], Any]) -> list[dict[str, Any]]:
         """Return the steps that the plugin logs while `act` runs."""
-        from moecascade import steplog
+        from moecascade.telemetry import step_log
 
-        before = sum(1 for _ in steplog.read(self.step_log)) if self.step_log.exists() else 0
+        before = sum(1 for _ in step_log.read(self.step_log)) if self.step_log.exists() else 0
         act()
         self.scheduler._step_log.flush()
-        return list(steplog.read(self.step_log))[before:]
+        return list(step_log.read(self.step_log))[before:]
 
     def drain(self) -> None:
         """Run until nothing is left, and let vLLM flush the requests that finished."""

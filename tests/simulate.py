@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from moecascade.core.step import Proposal, RequestStep, Step
 from moecascade.policies import Policy
-from moecascade.steps import Proposal, RequestStep, Step
 
 BASE = 0.025  # seconds of a step without drafts; any positive number will do
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from moecascade.core.peers.bandit import Bandit
+from moecascade.core.peers.dynamic_table import tuned
+from moecascade.core.peers.goodput import Goodput, expected_tokens
+from moecascade.core.peers.sglang_adaptive import SglangSettings, Tier
+from moecascade.core.peers.survival_budget import SurvivalBudget
+from moecascade.core.step import Proposal, RequestStep, Step
 from moecascade.errors import ConfigError
 from moecascade.policies import PEERS, Policy, create
-from moecascade.policies.bandit import Bandit
-from moecascade.policies.dynamic_table import tuned
-from moecascade.policies.goodput import Goodput, expected_tokens
-from moecascade.policies.sglang_adaptive import SglangSettings, Tier
-from moecascade.policies.survival_budget import SurvivalBudget
-from moecascade.steps import Proposal, RequestStep, Step
 
 NAMES = [policy.name for policy in PEERS]
 DRAFT = list(range(8))

@@ -14,14 +14,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecascade import bench, plots, results
-from moecascade.client import Reply
 from moecascade.errors import ConfigError, SetupError
-from moecascade.journal import Journal
-from moecascade.plan import Block, Plan, Settings, spread
-from moecascade.rows import AtK, Row, from_json, tally
-from moecascade.summary import Cell, Pairs, best_static, fastest, interval, summarise, units
-from moecascade.workloads import ALL, REPEATED, TASKS, Prompt, apart, mix, own, read, workloads
+from moecascade.evaluation import results, runner
+from moecascade.evaluation.checkpoint import Journal
+from moecascade.evaluation.client import Reply
+from moecascade.evaluation.report import plots
+from moecascade.evaluation.report.speedups import (
+    Cell,
+    Pairs,
+    best_static,
+    fastest,
+    interval,
+    summarise,
+    units,
+)
+from moecascade.evaluation.request_record import AtK, Row, from_json, tally
+from moecascade.evaluation.schedule import Block, Plan, Settings, spread
+from moecascade.evaluation.workloads import (
+    ALL,
+    REPEATED,
+    TASKS,
+    Prompt,
+    apart,
+    mix,
+    own,
+    read,
+    workloads,
+)
 
 ROW = Row(
     request="mc-00000000-00000",
@@ -373,12 +392,12 @@ def test_a_run_ends_after_whole_rounds_and_has_one_at_least(
     async def nothing(*_: Any) -> None:
         pass
 
-    monkeypatch.setattr(bench, "send", sent)
-    monkeypatch.setattr(bench, "warm_up", nothing)
-    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(runner, "send", sent)
+    monkeypatch.setattr(runner, "warm_up", nothing)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now))
     journal = Journal(tmp_path / "rows.jsonl", {})
     plan = Plan(mix(OURS, 4), FIVE)
-    bench.measure({"off": "http://x"}, "m", plan, journal, deadline=deadline)
+    runner.measure({"off": "http://x"}, "m", plan, journal, deadline=deadline)
     asked = Counter(row.prompt for row in journal.rows)
     assert set(asked.values()) == {5}
     assert len(asked) == rounds
@@ -405,10 +424,10 @@ def test_a_server_without_the_plugin_is_not_measured_as_if_it_had_it():
     with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as plain:
         threading.Thread(target=plain.serve_forever, daemon=True).start()
         with pytest.raises(SetupError, match=r"without the plugin.*moecascade serve"):
-            bench.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
+            runner.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
         plain.shutdown()
     with pytest.raises(SetupError, match="connection"):
-        bench.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
+        runner.check_plugin(f"http://127.0.0.1:{plain.server_port}", "m")
 
 
 def test_other_prompts_make_another_plan():
@@ -498,7 +517,7 @@ def test_what_a_policy_expected_stands_beside_what_came():
 
 def test_tokens_of_the_first_message_are_not_counted_as_decoded():
     block = planned(1, Settings(policies=("off",)))[0]
-    (made,) = bench.rows_of("local", block, [REPLY], 1.7, {}, {}, keep_text=False)
+    (made,) = runner.rows_of("local", block, [REPLY], 1.7, {}, {}, keep_text=False)
     assert made.reference is None
     assert made.decoded == 7
     assert made.seconds_per_token == pytest.approx(0.1)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moecascade.core.policies.cascade import Cascade, CascadeSettings, best_trial, next_trial
+from moecascade.core.step import Proposal, RequestStep, Step
 from moecascade.policies import create
-from moecascade.policies.cascade import Cascade, CascadeSettings, best_trial, next_trial
-from moecascade.steps import Proposal, RequestStep, Step
 from tests.simulate import BASE, curve, play
 
 HOPELESS = curve([1, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8])

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from moecascade import launch, machine
 from moecascade.cli.doctor import Check, examine
-from moecascade.cli.measure import without_reuse
 from moecascade.cli.record import files_and_flags
 from moecascade.errors import ConfigError
-from moecascade.launch import Flags
+from moecascade.evaluation.session import without_reuse
+from moecascade.serving import command, machine
+from moecascade.serving.flags import Flags
 from tests.conftest import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +147,7 @@ def test_a_dry_run_prints_a_line_that_a_shell_takes(cli: Callable[..., Answer], 
     assert (drafter["method"], drafter["num_speculative_tokens"]) == ("ngram", 8)
 
 
-def ours(planned: launch.Launch, given: list[str]) -> list[str]:
+def ours(planned: command.Launch, given: list[str]) -> list[str]:
     """Return the flags that the plan adds before the user's."""
     words = list(planned.command)
     assert words[len(words) - len(given) :] == given
@@ -175,7 +175,7 @@ def ours(planned: launch.Launch, given: list[str]) -> list[str]:
     ],
 )
 def test_the_users_flag_wins_however_it_is_spelt(given: list[str], flag: str):
-    assert flag not in ours(launch.plan("model", given, local_name="local"), given)
+    assert flag not in ours(command.plan("model", given, local_name="local"), given)
 
 
 @pytest.mark.parametrize(
@@ -193,19 +193,19 @@ def test_the_users_flag_wins_however_it_is_spelt(given: list[str], flag: str):
 def test_vllm_without_speculation_has_no_drafter_however_it_was_chosen(drafter: list[str]):
     others = ["--seed", "1", "--enable-prefix-caching", "--max-num-seqs=4"]
     for given in ([*others, *drafter], [*drafter, *others]):
-        command = list(launch.plain("model", given).command)
-        assert command[-len(others) :] == others
-        assert not [word for word in command if "spec" in word or word in ("-sc", "4", "{}")]
-        assert launch.SCHEDULER not in command
+        words = list(command.plain("model", given).command)
+        assert words[-len(others) :] == others
+        assert not [word for word in words if "spec" in word or word in ("-sc", "4", "{}")]
+        assert command.SCHEDULER not in words
 
 
 def test_a_file_of_flags_that_chooses_a_drafter_is_refused_there(tmp_path: Path):
     path = tmp_path / "vllm.yaml"
     path.write_text("seed: 1\nspeculative_config: {method: ngram}\n")
     with pytest.raises(ConfigError, match="on the command line instead"):
-        launch.plain("model", ["--config", str(path)])
+        command.plain("model", ["--config", str(path)])
     path.write_text("seed: 1\n")
-    launch.plain("model", ["--config", str(path)])
+    command.plain("model", ["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -223,16 +223,16 @@ def test_local_models_run_in_a_precision_that_the_processor_is_fast_at(
     field: str, flags: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(machine, "_cpu", lambda asked: flags if asked == field else "")
-    command = launch.plan("model", local_name="local").command
-    assert command[command.index("--dtype") + 1] == dtype
-    other = launch.plan("model").command  # may be too large for float32
+    words = command.plan("model", local_name="local").command
+    assert words[words.index("--dtype") + 1] == dtype
+    other = command.plan("model").command  # may be too large for float32
     assert other[other.index("--dtype") + 1] == "bfloat16"
 
 
 def test_flags_in_a_configuration_file_win_too(tmp_path: Path):
     path = tmp_path / "vllm.yaml"
     path.write_text("dtype: float32\nport: 8123\nspeculative-config: {method: ngram}\n")
-    planned = launch.plan("model", ["--config", str(path)])
+    planned = command.plan("model", ["--config", str(path)])
     added = ours(planned, ["--config", str(path)])
     assert "--dtype" not in added
     assert "--speculative-config" not in added
@@ -243,26 +243,26 @@ def test_flags_in_a_configuration_file_win_too(tmp_path: Path):
 def test_a_policy_is_checked_against_the_users_own_drafter():
     drafter = '{"method": "ngram", "num_speculative_tokens": 2}'
     with pytest.raises(ConfigError, match="from 0 to 2"):
-        launch.plan("model", ["--speculative-config", drafter], policy="static:3")
+        command.plan("model", ["--speculative-config", drafter], policy="static:3")
 
 
 def test_where_the_user_replaces_the_scheduler_nothing_of_ours_is_added():
     given = ["--scheduler-cls", "a.B", "--spec-method", "dspark"]
-    planned = launch.plan("model", given)
+    planned = command.plan("model", given)
     flags = {"--scheduler-cls", "--additional-config", "--middleware", "--no-async-scheduling"}
     assert not flags & set(ours(planned, given))
-    assert launch.RUNNER not in planned.environment
+    assert command.RUNNER not in planned.environment
 
 
 def test_model_drafters_run_by_the_runner_that_is_supported(monkeypatch: pytest.MonkeyPatch):
     """And so does vLLM without one, where it is measured beside."""
     drafter = ["-sc", '{"method": "draft_model", "model": "m", "num_speculative_tokens": 3}']
-    for plan in (launch.plan, launch.plain):
-        assert plan("model", drafter).environment[launch.RUNNER] == "0"
-        assert launch.RUNNER not in plan("model").environment
+    for plan in (command.plan, command.plain):
+        assert plan("model", drafter).environment[command.RUNNER] == "0"
+        assert command.RUNNER not in plan("model").environment
         with monkeypatch.context() as patch:
-            patch.setenv(launch.RUNNER, "1")
-            assert launch.RUNNER not in plan("model", drafter).environment
+            patch.setenv(command.RUNNER, "1")
+            assert command.RUNNER not in plan("model", drafter).environment
 
 
 def test_the_last_of_several_values_counts():
@@ -270,9 +270,9 @@ def test_the_last_of_several_values_counts():
 
 
 def test_a_server_is_reached_where_it_listens():
-    assert launch.plan("m", ["--port", "81"]).url == "http://127.0.0.1:81"
-    assert launch.plan("m", ["--host", "0.0.0.0"]).url == "http://127.0.0.1:8000"
-    assert launch.plan("m", ["--host", "::"]).url == "http://[::1]:8000"
+    assert command.plan("m", ["--port", "81"]).url == "http://127.0.0.1:81"
+    assert command.plan("m", ["--host", "0.0.0.0"]).url == "http://127.0.0.1:8000"
+    assert command.plan("m", ["--host", "::"]).url == "http://[::1]:8000"
 
 
 @pytest.fixture

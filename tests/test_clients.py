@@ -16,16 +16,19 @@ import openai
 import psutil
 import pytest
 
-from moecascade import bench, launch, localmodel, luck, server, steplog
-from moecascade.client import chat
+from moecascade import localmodel
 from moecascade.errors import SetupError
-from moecascade.files import Tail
-from moecascade.journal import Journal
-from moecascade.plan import Plan, Settings
-from moecascade.replay import MIXTRAL_LIKE
-from moecascade.server import Server
-from moecascade.summary import summarise
-from moecascade.workloads import ALL, TASKS, Prompt, mix, own
+from moecascade.evaluation import luck, runner
+from moecascade.evaluation.checkpoint import Journal
+from moecascade.evaluation.client import chat
+from moecascade.evaluation.report.speedups import summarise
+from moecascade.evaluation.schedule import Plan, Settings
+from moecascade.evaluation.workloads import ALL, TASKS, Prompt, mix, own
+from moecascade.replay.player import MIXTRAL_LIKE
+from moecascade.serving import command, server
+from moecascade.serving.server import Server
+from moecascade.telemetry import step_log
+from moecascade.telemetry.files import Tail
 
 pytestmark = pytest.mark.engine
 
@@ -38,7 +41,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Pat
     scratch = tmp_path_factory.mktemp("server")
     log, texts = scratch / "steps.jsonl", scratch / "traces.jsonl"
     saved = {name: os.environ.pop(name, None) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING",)}
-    planned = launch.plan(
+    planned = command.plan(
         str(localmodel.ensure("local")),
         ["--host", "127.0.0.1", "--port", str(server.free_port()), "--max-num-seqs", "4"],
         step_log=log,
@@ -63,9 +66,9 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tm
     plan = Plan(mix([p for task in TASKS for p in own(task)], 1), settings)
     journal = Journal(tmp_path / "rows.jsonl", {})
     url, name = running.launch.url, running.launch.model
-    played = luck.conditions(launch.DRAFTER)
-    logs = bench.Logs(steplog.Reader(log), Tail(log.with_name("traces.jsonl")), played)
-    bench.measure({"off": url}, name, plan, journal, logs=logs)
+    played = luck.conditions(command.DRAFTER)
+    logs = runner.Logs(step_log.Reader(log), Tail(log.with_name("traces.jsonl")), played)
+    runner.measure({"off": url}, name, plan, journal, logs=logs)
     rows = journal.rows
     assert len(rows) == 9
     for row in rows:
@@ -91,7 +94,7 @@ def test_the_client_counts_what_the_engine_emitted(vllm: tuple[Server, Path], tm
     ]
     assert sum(near) > len(rows) // 2
     # What has been measured is not measured again.
-    bench.measure({"off": url}, name, plan, journal)
+    runner.measure({"off": url}, name, plan, journal)
     assert len(journal.rows) == 9
 
 
@@ -101,16 +104,16 @@ def test_requests_in_flight_make_one_block(vllm: tuple[Server, Path], tmp_path: 
     asked = mix([p for task in TASKS for p in own(task)], 2)[:4]
     plan = Plan(asked, settings, warm=own("math")[-3:])
     journal = Journal(tmp_path / "rows.jsonl", {})
-    reader = steplog.Reader(log)
+    reader = step_log.Reader(log)
     list(reader())  # what other tests left
     url, name = running.launch.url, running.launch.model
     told: list[str] = []
-    bench.measure(
+    runner.measure(
         {"off": url},
         name,
         plan,
         journal,
-        logs=bench.Logs(reader),
+        logs=runner.Logs(reader),
         tell=lambda what, _sent: told.append(what),
     )
     # Nothing is learnt without drafts, and nothing of it is measured.
@@ -129,7 +132,7 @@ def test_prompts_beyond_the_context_are_left_out(vllm: tuple[Server, Path], tmp_
     plan = Plan(asked, Settings(("off", "static:2"), max_tokens=4))
     journal = Journal(tmp_path / "rows.jsonl", {})
     url, name = running.launch.url, running.launch.model
-    assert bench.measure({"off": url}, name, plan, journal) == ["long"]
+    assert runner.measure({"off": url}, name, plan, journal) == ["long"]
     assert [(row.prompt, row.policy) for row in journal.rows] == [
         ("short", "static:2"),
         ("short", "off"),
@@ -138,7 +141,7 @@ def test_prompts_beyond_the_context_are_left_out(vllm: tuple[Server, Path], tmp_
     more = [*asked, *(Prompt(f"short {i}", "x", "Say hello.") for i in range(2))]
     crowd = Plan(more, Settings(("off", "static:2"), concurrencies=(2,), max_tokens=4))
     journal = Journal(tmp_path / "crowd" / "rows.jsonl", {})
-    assert bench.measure({"off": url}, name, crowd, journal) == ["long"]
+    assert runner.measure({"off": url}, name, crowd, journal) == ["long"]
     assert journal.rows == []
     assert in_flight(running) == 0
 
@@ -195,7 +198,7 @@ def test_the_openai_package_streams_several_tokens_a_message(
     client: openai.OpenAI, vllm: tuple[Server, Path]
 ):
     _, log = vllm
-    reader = steplog.Reader(log)
+    reader = step_log.Reader(log)
     list(reader())
     stream = client.chat.completions.create(
         model="local",
@@ -228,7 +231,7 @@ def test_a_stream_that_the_openai_package_leaves_is_forgotten(
     client: openai.OpenAI, vllm: tuple[Server, Path]
 ):
     running, log = vllm
-    reader = steplog.Reader(log)
+    reader = step_log.Reader(log)
     list(reader())
     stream = client.chat.completions.create(
         model="local",

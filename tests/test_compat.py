@@ -14,7 +14,7 @@ import pytest
 
 from moecascade import localmodel
 from moecascade.errors import ConfigError, SetupError
-from moecascade.vllm import compat
+from moecascade.vllm import compat, support
 from tests.conftest import NGRAM
 
 SPECULATIVE = {**NGRAM, "num_speculative_tokens": 8}
@@ -22,8 +22,8 @@ SPECULATIVE = {**NGRAM, "num_speculative_tokens": 8}
 
 def test_the_package_imports_neither_vllm_nor_torch() -> None:
     modules = (
-        "moecascade, moecascade.policies, moecascade.controller, moecascade.vllm.compat, "
-        "moecascade.vllm.http, moecascade.localmodel, moecascade.steplog, moecascade.options"
+        "moecascade, moecascade.policies, moecascade.core.controller, moecascade.vllm.compat, "
+        "moecascade.vllm.http, moecascade.localmodel, moecascade.telemetry, moecascade.core.options"
     )
     code = f"import {modules}, sys; assert not {{'vllm', 'torch'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -57,7 +57,7 @@ def test_a_missing_or_old_vllm_is_refused(
 ) -> None:
     installed(name, number)
     with pytest.raises(SetupError) as error:
-        compat.check_version()
+        support.check_version()
     for word in words:
         assert word in str(error.value)
 
@@ -67,7 +67,7 @@ def test_a_supported_vllm_passes_silently(
     installed: Any, number: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     installed("vllm", number)
-    compat.check_version()
+    support.check_version()
     assert not caplog.records
 
 
@@ -76,13 +76,13 @@ def test_a_newer_vllm_than_tested_is_warned_about(
 ) -> None:
     installed("vllm", "0.40.1")
     with caplog.at_level(logging.WARNING, "vllm.moecascade"):
-        compat.check_version()
+        support.check_version()
     assert "0.40.1" in caplog.text
 
 
 def test_a_scheduler_without_our_hooks_is_refused() -> None:
     with pytest.raises(SetupError, match="_free_request"):
-        compat.check_hooks(SimpleNamespace)
+        support.check_hooks(SimpleNamespace)
 
 
 def engine_config(**settings: Any) -> Any:
@@ -107,7 +107,7 @@ def engine_config(**settings: Any) -> Any:
 def test_the_models_experts_are_read_or_left_open(config: Any, facts: dict[str, int]) -> None:
     model = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
     found: Any = SimpleNamespace(model_config=model)
-    assert compat.model_facts(found) == facts
+    assert support.model_facts(found) == facts
 
 
 def filled_up(text: list[int], longest: int) -> tuple[list[int], list[int]]:
@@ -179,10 +179,10 @@ def test_what_a_gpu_brings_is_refused_where_it_cannot_be_served(
         ),
     )
     if not words:
-        compat.check_supported(config)
+        support.check_supported(config)
         return
     with pytest.raises(ConfigError) as error:
-        compat.check_supported(config)
+        support.check_supported(config)
     for word in words:
         assert word in str(error.value)
 
@@ -190,14 +190,14 @@ def test_what_a_gpu_brings_is_refused_where_it_cannot_be_served(
 @pytest.mark.engine
 def test_ngram_and_draft_model_are_served() -> None:
     config = engine_config(speculative_config=SPECULATIVE)
-    compat.check_supported(config)
-    assert compat.max_k(config) == 8
-    assert not compat.drafts_cost(config)
+    support.check_supported(config)
+    assert support.max_k(config) == 8
+    assert not support.drafts_cost(config)
     drafter = {"method": "draft_model", "model": str(localmodel.ensure("draft"))}
     config = engine_config(speculative_config={**drafter, "num_speculative_tokens": 3})
-    compat.check_supported(config)
-    assert compat.max_k(config) == 3
-    assert compat.drafts_cost(config)
+    support.check_supported(config)
+    assert support.max_k(config) == 3
+    assert support.drafts_cost(config)
 
 
 @pytest.mark.engine
@@ -233,7 +233,7 @@ def test_what_is_not_supported_is_refused_with_reason_and_remedy(
     else:
         config.parallel_config.data_parallel_size = 2
     with pytest.raises(ConfigError) as error:
-        compat.check_supported(config)
+        support.check_supported(config)
     for word in words:
         assert word in str(error.value)
 

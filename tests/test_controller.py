@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from moecascade import policies
-from moecascade.controller import MOST_SPECS, Controller
-from moecascade.errors import ConfigError
-from moecascade.options import (
+from moecascade.core import registry
+from moecascade.core.controller import MOST_SPECS, Controller
+from moecascade.core.options import (
     RequestOptions,
     ServerOptions,
     request_options,
     server_options,
     what_is_right,
 )
+from moecascade.core.step import Decision, Proposal, RequestStep, Step
+from moecascade.errors import ConfigError
 from moecascade.policies import create, register
-from moecascade.steps import Decision, Proposal, RequestStep, Step
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Faulty:
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Faulty]]:
-    monkeypatch.setattr(policies, "_REGISTRY", dict(policies.classes()))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(policies.classes()))
     yield register(Faulty)  # type: ignore[misc]
     Faulty.fail_in, Faulty.k = "", 2
 

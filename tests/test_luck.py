@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecascade import analysis, launch, luck
-from moecascade.replay import MIXTRAL_LIKE, Conditions, play
-from moecascade.rows import Row
-from moecascade.traces import Trace
+from moecascade.evaluation import luck
+from moecascade.evaluation.report import diagnostics
+from moecascade.evaluation.request_record import Row
+from moecascade.replay.player import MIXTRAL_LIKE, Conditions, play
+from moecascade.serving import command
+from moecascade.telemetry.traces import Trace
 from tests.test_bench import ROW
 
 SPEED = {"off": 0.0, "static:3": 1.0, "cascade": 0.9, "marginal": 0.9}  # by how much luck counts
@@ -40,8 +42,8 @@ def world(seed: int, prompts: int = 24, known: bool = True) -> list[Row]:
     return rows
 
 
-def found(rows: list[Row]) -> analysis.Ratio:
-    ratio = analysis.ratio(rows, "marginal", "cascade")
+def found(rows: list[Row]) -> diagnostics.Ratio:
+    ratio = diagnostics.ratio(rows, "marginal", "cascade")
     assert ratio is not None
     return ratio
 
@@ -104,7 +106,7 @@ def test_the_reference_is_what_replay_says_of_the_text():
             _line("somebody else's", prompt, prompt),
         ]
     )
-    played = luck.conditions(launch.DRAFTER)
+    played = luck.conditions(command.DRAFTER)
     assert played is not None
     times = luck.times(lines, played)
     assert set(times) == {"mc-0a0b0c0d-00001", "mc-0a0b0c0d-00002"}

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecascade.acceptance import LONGEST, Acceptance, Record
-from moecascade.allocation import admitted, by_state
-from moecascade.context import NEWEST, PLACES, REACH, Text
-from moecascade.costmodel import EXACT, CostModel, expert_union
-from moecascade.history import FIRST, STATES, History
-from moecascade.phrases import CLASSES, SLOTS, Phrases
-from moecascade.phrases import REACH as PHRASE
+from moecascade.core.cost import EXACT, CostModel, expert_union
+from moecascade.core.marginal.acceptance import LONGEST, Acceptance, Record
+from moecascade.core.marginal.allocation import admitted, by_state
+from moecascade.core.marginal.context import NEWEST, PLACES, REACH, Text
+from moecascade.core.marginal.continuations import CLASSES, SLOTS, Phrases
+from moecascade.core.marginal.continuations import REACH as PHRASE
+from moecascade.core.marginal.recent import FIRST, STATES, History
+from moecascade.core.marginal.rule import Marginal
+from moecascade.core.step import Proposal, RequestStep, Step
 from moecascade.policies import create
-from moecascade.policies.marginal import Marginal
-from moecascade.steps import Proposal, RequestStep, Step
 
 texts = st.lists(st.integers(0, 3), min_size=2, max_size=80)
 
@@ -427,7 +427,7 @@ def test_phrases_are_counted_alike_however_the_tokens_come(text: list[int], cut:
 
 
 def test_phrases_fade_and_their_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecascade.phrases.HALVED_EVERY", 1000)
+    monkeypatch.setattr("moecascade.core.marginal.continuations.HALVED_EVERY", 1000)
     phrases = Phrases()
     phrases.learn([1, 2, 3, 4], [5] * 3)
     known = phrases.classes([1, 2, 3, 4], [5])

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from moecascade import replay, traces
+from moecascade.core.step import RequestStep, Step
 from moecascade.errors import ConfigError
-from moecascade.replay import MIXTRAL_LIKE, Conditions, play, summarise
-from moecascade.steps import RequestStep, Step
-from moecascade.traces import Trace
+from moecascade.replay import player
+from moecascade.replay.player import MIXTRAL_LIKE, Conditions, play, summarise
+from moecascade.telemetry import traces
+from moecascade.telemetry.traces import Trace
 from tests.conftest import Answer
 
 FREE = [1.0] * 9
@@ -107,8 +108,8 @@ def test_costs_beyond_the_curve_follow_the_expert_union() -> None:
 def test_marginal_uses_what_is_copied_and_leaves_what_is_not() -> None:
     trace = [t for i in range(6) for t in (copies(i), invents(i))]
     outcomes = play(trace, "marginal", Conditions(MIXTRAL_LIKE, noise=0.05))
-    assert replay._aggregate([o for o in outcomes if o.trace.task == "copy"]) > 2.5
-    assert replay._aggregate([o for o in outcomes if o.trace.task == "invent"]) > 0.96
+    assert player._aggregate([o for o in outcomes if o.trace.task == "copy"]) > 2.5
+    assert player._aggregate([o for o in outcomes if o.trace.task == "invent"]) > 0.96
 
 
 def test_marginal_with_free_drafts_is_as_good_as_the_longest_draft() -> None:

@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moecascade import analysis, report, results
-from moecascade.analysis import r_squared, ratio, step_times, utility_points
 from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
-from moecascade.findings import findings
-from moecascade.rows import AtK, Row
-from moecascade.summary import best_static, condition_of, summarise
-from moecascade.workloads import ALL
+from moecascade.evaluation import results
+from moecascade.evaluation.report import diagnostics
+from moecascade.evaluation.report import page as reporting
+from moecascade.evaluation.report.diagnostics import r_squared, ratio, step_times, utility_points
+from moecascade.evaluation.report.headline import findings
+from moecascade.evaluation.report.speedups import best_static, condition_of, summarise
+from moecascade.evaluation.request_record import AtK, Row
+from moecascade.evaluation.workloads import ALL
 from tests.test_bench import ROW
 
 POLICIES = ("off", "vllm", "static:1", "static:3", "static:8", "cascade", "marginal", "bandit")
@@ -169,7 +171,7 @@ def test_a_short_runs_ratio_has_an_interval_all_the_same(rows: list[Row]) -> Non
 
 
 def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None:
-    best = analysis.hindsight(rows)
+    best = diagnostics.hindsight(rows)
     assert {c.concurrency for c in best} == {1}
     for condition, spec in best.items():
         speed = {
@@ -180,8 +182,8 @@ def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None
         }
         assert len(speed) == 3
         assert spec == max(speed, key=speed.__getitem__)
-    chosen = analysis.with_hindsight(rows)
-    assert {row.policy for row in chosen} == {analysis.HINDSIGHT}
+    chosen = diagnostics.with_hindsight(rows)
+    assert {row.policy for row in chosen} == {diagnostics.HINDSIGHT}
     assert len(chosen) == sum(
         row.concurrency == 1 and row.policy in best.values()
         for row in rows
@@ -190,7 +192,7 @@ def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None
 
 
 def test_static_ks_are_compared_on_what_all_of_them_were_asked(rows: list[Row]) -> None:
-    best = analysis.hindsight(rows)
+    best = diagnostics.hindsight(rows)
     # A further run, in which one of them met easier prompts: a thousand times faster.
     further = [
         replace(
@@ -202,32 +204,32 @@ def test_static_ks_are_compared_on_what_all_of_them_were_asked(rows: list[Row]) 
         if row.policy in ("off", "static:1", "cascade")
     ]
     assert {row.run for row in further} == {"ffffffff"}
-    assert analysis.hindsight([*rows, *further]) == best
-    assert "static:1" in analysis.hindsight(further).values()  # alone it is what there is
+    assert diagnostics.hindsight([*rows, *further]) == best
+    assert "static:1" in diagnostics.hindsight(further).values()  # alone it is what there is
     # What was chosen is compared with in both runs.
-    chosen = analysis.with_hindsight([*rows, *further])
-    assert len(chosen) >= len(analysis.with_hindsight(rows))
+    chosen = diagnostics.with_hindsight([*rows, *further])
+    assert len(chosen) >= len(diagnostics.with_hindsight(rows))
 
 
 def test_what_a_policy_saw_is_compared_with_what_came(rows: list[Row]) -> None:
     told = [replace(row, utility=1.5) if row.policy == "marginal" else row for row in rows]
-    points = analysis.foreseen(told, "marginal")
+    points = diagnostics.foreseen(told, "marginal")
     assert {(p.policy, round(p.utility, 9)) for p in points} == {("marginal", 1.5)}
     measured = {
         (p.condition, p.task): p.speedup for p in utility_points(rows) if p.policy == "marginal"
     }
     assert {(p.condition, p.task): p.speedup for p in points} == pytest.approx(measured)
-    assert analysis.foreseen(rows, "marginal") == []  # where nothing was said there is no point
+    assert diagnostics.foreseen(rows, "marginal") == []  # where nothing was said there is no point
 
 
 def test_acceptance_is_by_place_in_the_draft(rows: list[Row]) -> None:
-    curve = analysis.acceptance(r for r in rows if r.task == "code" and r.policy == "static:8")
+    curve = diagnostics.acceptance(r for r in rows if r.task == "code" and r.policy == "static:8")
     assert len(curve) == 8
     assert curve == pytest.approx([0.8**j for j in range(1, 9)], abs=0.02)
 
 
 def test_foresight_is_kept_apart_by_drafts(rows: list[Row]) -> None:
-    none, eight = analysis.calibration(rows, "marginal")
+    none, eight = diagnostics.calibration(rows, "marginal")
     assert (none.k, none.expected, none.time_error) == (0, None, 0.05)
     assert (eight.k, eight.time_error) == (8, 0.08)
     assert eight.expected is not None
@@ -239,7 +241,7 @@ def test_foresight_is_kept_apart_by_drafts(rows: list[Row]) -> None:
 
 
 def test_every_plot_of_the_evaluation_is_there(found: results.Results) -> None:
-    names = {picture.name for picture in report.build([found]).pictures}
+    names = {picture.name for picture in reporting.build([found]).pictures}
     wanted = {
         "overview",
         "step-times",
@@ -259,26 +261,26 @@ def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results
         if values["policy"] == policy.partition("[")[0]
         and (values["model"], values["concurrency"]) == ("local", 1)
     ]
-    whole = report.build([found, replace(found, rows=other)])
-    alone = report.build([found])
+    whole = reporting.build([found, replace(found, rows=other)])
+    alone = reporting.build([found])
     assert whole.cells == alone.cells
     assert {cell.policy for cell in whole.varied} == {"off", "cascade", "cascade[backoff=1]"}
-    titles = [table.title for table in report.tables(whole)]
+    titles = [table.title for table in reporting.tables(whole)]
     assert titles[0] == "All tasks together"
     assert titles[-1] == "Other settings: local, temperature 0.8"
     assert "settings-local-t08" in {picture.name for picture in whole.pictures}
     (line,) = [f.ours for f in whole.findings if "without back-off" in f.what]
     assert "K = 0 in" in line
     assert "; worst workload " in line
-    page = report.html(whole)
+    page = reporting.html(whole)
     assert "cascade without back-off (backoff = 1)" in page  # what a spec with settings means
     assert "test-and-set on measured utility" in page
     console = Console(file=StringIO(), width=120)
     console.print(table(whole.varied, "", ""))
     assert isinstance(console.file, StringIO)
     assert "cascade[backoff=1]" in console.file.getvalue()
-    only = report.build([replace(found, rows=other)])
-    assert [table.title for table in report.tables(only)] == titles[-2:]
+    only = reporting.build([replace(found, rows=other)])
+    assert [table.title for table in reporting.tables(only)] == titles[-2:]
 
 
 def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(found: results.Results) -> None:
@@ -290,8 +292,8 @@ def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(found: results
         }
         for row in found.rows
     ]
-    once = report.build([found])
-    twice = report.build([found, replace(found, rows=slow), found])
+    once = reporting.build([found])
+    twice = reporting.build([found, replace(found, rows=slow), found])
     assert len(twice.rows) == 3 * len(once.rows)
     for cell, again in zip(once.cells, twice.cells, strict=True):
         assert (again.condition, again.policy, again.workload) == (
@@ -304,8 +306,8 @@ def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(found: results
 
 
 def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results.Results) -> None:
-    text = report.markdown(report.build([found]))
-    cells = {(c.policy, c.workload): c for c in summarise(report.build([found]).rows)}
+    text = reporting.markdown(reporting.build([found]))
+    cells = {(c.policy, c.workload): c for c in summarise(reporting.build([found]).rows)}
     speedup = cells["static:3", "code"].speedup
     assert f"{speedup:.2f}" in text
     for words in (
@@ -390,13 +392,13 @@ def test_results_without_a_baseline_or_of_another_kind_are_refused(
     tmp_path: Path, found: results.Results
 ) -> None:
     with pytest.raises(ConfigError, match="no results in"):
-        report.load([tmp_path])
+        reporting.load([tmp_path])
     broken = replace(found, rows=[{"request": "only"}])
     with pytest.raises(ConfigError, match="another version"):
-        report.build([broken])
+        reporting.build([broken])
     only = [values for values in found.rows if values["policy"] == "cascade"]
     with pytest.raises(ConfigError, match="'off'"):
-        report.build([replace(found, rows=only)])
+        reporting.build([replace(found, rows=only)])
 
 
 # ---- what is seen --------------------------------------------------------------------------------
@@ -438,7 +440,7 @@ def browser() -> str:
 def page(tmp_path_factory: pytest.TempPathFactory, found: results.Results) -> Path:
     """The report as a user gets it, written by the command's own code."""
     out = tmp_path_factory.mktemp("report")
-    written = report.write(report.build([found]), out)
+    written = reporting.write(reporting.build([found]), out)
     assert written[0] == out / "report.html"
     assert all(path.stat().st_size > 500 for path in written)
     return written[0]

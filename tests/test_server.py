@@ -15,15 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moecascade import replay, server, traces
 from moecascade.errors import SetupError
-from moecascade.launch import Launch
-from moecascade.server import Server
+from moecascade.replay import player
+from moecascade.serving import server
+from moecascade.serving.command import Launch
+from moecascade.serving.server import Server
+from moecascade.telemetry import traces
 
 PATIENCE = 60.0
-PATIENT = "import moecascade.supervisor as s; s.main()"
+PATIENT = "import moecascade.serving.supervisor as s; s.main()"
 QUICK = (
-    "import moecascade.supervisor as s; s.GRACE_SECONDS = s.ORPHAN_GRACE_SECONDS = 0.5; s.main()"
+    "import moecascade.serving.supervisor as s; "
+    "s.GRACE_SECONDS = s.ORPHAN_GRACE_SECONDS = 0.5; s.main()"
 )
 
 STUBBORN = """
@@ -273,5 +276,5 @@ def test_what_a_model_answers_can_be_recorded_and_replayed(tmp_path: Path, mark:
     assert all(1 < len(trace.output) <= 16 for trace in found)
     for row in map(json.loads, out.read_text().splitlines()):
         assert sum(step["emitted"] for step in row["steps"]) == len(row["output_token_ids"])
-    outcomes = replay.play(found, "marginal", replay.Conditions([1.0] * 9))
+    outcomes = player.play(found, "marginal", player.Conditions([1.0] * 9))
     assert sum(outcome.tokens for outcome in outcomes) == sum(len(t.output) - 1 for t in found)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecascade.utility import Baseline, Tally, cost_share
+from moecascade.core.baseline import Baseline
+from moecascade.core.utility import Tally, cost_share
 
 times = st.floats(0.01, 10.0)
 drafts = st.lists(st.integers(0, 8), min_size=1, max_size=32).filter(any)

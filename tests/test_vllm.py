@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from moecascade import policies, traces
-from moecascade.options import ServerOptions
+from moecascade import policies
+from moecascade.core import registry
+from moecascade.core.options import ServerOptions
+from moecascade.core.step import Decision, Proposal, Step
 from moecascade.policies import register
-from moecascade.steps import Decision, Proposal, Step
+from moecascade.telemetry import traces
 from tests.conftest import MAX_K, MAX_LEN, Engine
 
 pytestmark = pytest.mark.engine
@@ -90,7 +92,7 @@ class Raises(RandomK):
 
 @pytest.fixture(autouse=True)
 def own_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "_REGISTRY", dict(policies.classes()))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(policies.classes()))
     register(RandomK)
     register(Raises)
 

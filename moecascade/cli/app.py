@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from moecascade import machine
 from moecascade.cli.bench import bench
 from moecascade.cli.demo import demo
 from moecascade.cli.doctor import doctor
@@ -17,6 +16,7 @@ from moecascade.cli.replay import replay
 from moecascade.cli.report import report
 from moecascade.cli.serve import serve
 from moecascade.errors import CascadeError
+from moecascade.serving import machine
 
 BAD_INPUT = 2
 """Exit code for what the user can mend: wrong options, a machine that is not ready."""

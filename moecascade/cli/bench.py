@@ -9,15 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moecascade import luck, policies, results, workloads
-from moecascade.cli import measure
 from moecascade.cli.demo import table
+from moecascade.core.spec import split
 from moecascade.errors import ConfigError, nearest
-from moecascade.journal import Journal
-from moecascade.plan import Plan, Settings
-from moecascade.rows import PLAIN
-from moecascade.summary import condition_of, summarise
-from moecascade.vllm import compat
+from moecascade.evaluation import luck, results, session, workloads
+from moecascade.evaluation.checkpoint import Journal
+from moecascade.evaluation.report.speedups import condition_of, summarise
+from moecascade.evaluation.request_record import PLAIN
+from moecascade.evaluation.schedule import Plan, Settings
+from moecascade.vllm import support
 
 DEFAULTS = Settings()
 RESULTS = "bench.json"
@@ -113,7 +113,7 @@ def bench(
         moecascade report results/bench
     """
     settings = Settings(
-        policies=tuple(policies.split(specs)),
+        policies=tuple(split(specs)),
         temperatures=_numbers("temperatures", temperatures, float),
         concurrencies=tuple(int(n) for n in _numbers("concurrency", concurrencies, int)),
         max_tokens=max_tokens,
@@ -127,11 +127,11 @@ def bench(
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models {models!r}: name at least one, and each only once")
     if url is None:
-        compat.check_version()
+        support.check_version()
     else:
         _check_running(url, names, settings, context)
     screen = Console(stderr=True)
-    measure.make_folder(out)
+    session.make_folder(out)
     arguments: dict[str, Any] = {
         "models": names,
         "policies": list(settings.measured),
@@ -151,17 +151,17 @@ def bench(
         screen.print(f"Going on after {len(journal.rows)} requests in {out / JOURNAL}.")
     about, served = [], []
     try:
-        with measure.progress(screen) as shown:
+        with session.progress(screen) as shown:
             for i, name in enumerate(names):
                 turn = plan.turned(i, len(names))
                 if url is not None:
-                    facts = measure.on_running(url, name, turn, journal, shown, minutes)
+                    facts = session.on_running(url, name, turn, journal, shown, minutes)
                 else:
                     deadline = None
                     if minutes is not None:
                         share = minutes * 60 / len(names)
                         deadline = time.monotonic() + share
-                    facts = measure.serve_and_measure(
+                    facts = session.serve_and_measure(
                         name, turn, journal, out, shown, flags=context.args, deadline=deadline
                     )
                 about.append(facts[0])

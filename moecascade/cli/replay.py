@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moecascade import policies as registry
-from moecascade import replay as replaying
-from moecascade import traces as recorded
+from moecascade.core import registry
+from moecascade.core.spec import split
 from moecascade.errors import ConfigError
+from moecascade.replay import player as replaying
+from moecascade.telemetry import traces as recorded
 
 COSTS = ",".join(f"{time:g}" for time in replaying.MIXTRAL_LIKE)
 NOTES = (
@@ -61,7 +62,7 @@ def replay(
     """
     if drafter != "ngram":
         raise ConfigError(f"unknown drafter {drafter!r}; allowed: ngram")
-    specs = [spec for spec in registry.split(policies) if spec]
+    specs = [spec for spec in split(policies) if spec]
     if not specs:
         raise ConfigError(f"--policies {policies!r}: name at least one")
     for spec in specs:

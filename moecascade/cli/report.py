@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moecascade import report as reporting
-from moecascade.cli import measure
+from moecascade.evaluation import session
+from moecascade.evaluation.report import page as reporting
 
 
 def report(
@@ -35,7 +35,7 @@ def report(
     found = reporting.load(sources)
     if out is None:
         out = sources[0] if sources[0].is_dir() else sources[0].parent
-    measure.make_folder(out)
+    session.make_folder(out)
     screen = Console(stderr=True)
     with screen.status("drawing") as status:
         written = reporting.write(

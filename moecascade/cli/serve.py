@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moecascade import launch, localmodel, server
-from moecascade.errors import ConfigError, SetupError, nearest
-from moecascade.vllm import compat
+from moecascade.errors import ConfigError
+from moecascade.localmodel.locate import find_model
+from moecascade.serving import command, server
+from moecascade.vllm import support
 
 
 def serve(
@@ -37,7 +37,7 @@ def serve(
         typer.Option(
             metavar="N",
             help="Longest draft of the default n-gram drafter "
-            f"(by default {launch.DRAFTER['num_speculative_tokens']}).",
+            f"(by default {command.DRAFTER['num_speculative_tokens']}).",
         ),
     ] = None,
     step_log: Annotated[
@@ -68,9 +68,9 @@ def serve(
             f"MODEL comes first, vLLM's flags after it, but the first word is {model!r}; "
             f"write for example: moecascade serve local {' '.join([model, *context.args])}"
         )
-    compat.check_version()
+    support.check_version()
     path, local_name = find_model(model, build=not dry_run)
-    planned = launch.plan(
+    planned = command.plan(
         path,
         context.args,
         policy=policy,
@@ -82,44 +82,3 @@ def serve(
         print(planned)
         return
     raise typer.Exit(server.run(planned))
-
-
-def _tell(what: str) -> None:
-    print(f"local model: {what}", file=sys.stderr, flush=True)
-
-
-def find_model(model: str, *, build: bool = True) -> tuple[str, str | None]:
-    """Return what to serve, a folder or a hub's name, and its name if it is a local model.
-
-    Args:
-        model: What the user wrote.
-        build: Build a local model that is not there yet.
-
-    Raises:
-        ConfigError: A misspelt local model.
-        SetupError: The folder does not exist or holds no model.
-    """
-    if model in localmodel.names():
-        if not build:
-            return str(localmodel.path_of(model)), model
-        return str(localmodel.ensure(model, progress=_tell)), model
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
-            raise SetupError(
-                f"the folder {model!r} holds no model (no config.json); give a model's folder"
-            )
-        return str(folder), None
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        if not folder.exists():  # a single file (GGUF) is vLLM's to judge
-            raise SetupError(
-                f"there is no model folder {model!r}; give one that exists, a name on the hub "
-                "(owner/name), or 'local' for the local model"
-            )
-        return str(folder), None
-    if "/" not in model and (hint := nearest(model, localmodel.names())):
-        raise ConfigError(
-            f"unknown model {model!r}{hint}; local models: {', '.join(localmodel.names())}; "
-            "models on the hub are named owner/name"
-        )
-    return model, None

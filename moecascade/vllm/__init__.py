@@ -13,7 +13,7 @@ __all__ = ["Scheduler"]
 
 def __getattr__(name: str) -> Any:
     if name == "Scheduler":
-        from moecascade.vllm.compat import check_version
+        from moecascade.vllm.support import check_version
 
         check_version()
         from moecascade.vllm.scheduler import Scheduler

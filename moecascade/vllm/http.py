@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moecascade.core.options import REQUEST_PREFIX, RequestOptions, request_options, server_options
 from moecascade.errors import ConfigError
-from moecascade.options import REQUEST_PREFIX, RequestOptions, request_options, server_options
-from moecascade.vllm import compat
+from moecascade.vllm import support
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,7 +69,7 @@ class ValidateOptions:
             config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
             if config is None or config.speculative_config is None:
                 return _Known()  # it does not say
-            max_k, facts = compat.max_k(config), compat.model_facts(config)
+            max_k, facts = support.max_k(config), support.model_facts(config)
             options = server_options(config.additional_config, max_k, facts)
             settings_of = partial(options.settings_of, facts=facts)
             self._told = _Known(max_k, settings_of, options.request_options)

@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 
-from moecascade.controller import Controller
-from moecascade.errors import ConfigError
-from moecascade.options import (
+from moecascade.core.controller import Controller
+from moecascade.core.options import (
     CONFIG_KEY,
     RequestOptions,
     request_options,
     server_options,
     what_is_right,
 )
-from moecascade.steplog import StepLog
-from moecascade.steps import Decision, Proposal, RequestStep, Step
-from moecascade.traces import TraceLog
-from moecascade.vllm import compat
+from moecascade.core.step import Decision, Proposal, RequestStep, Step
+from moecascade.errors import ConfigError
+from moecascade.telemetry.step_log import StepLog
+from moecascade.telemetry.traces import TraceLog
+from moecascade.vllm import compat, support
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -67,13 +67,13 @@ class Scheduler(VllmScheduler):
         """Check the configuration; ConfigError or SetupError stop the engine at start."""
         super().__init__(*args, **kwargs)
         config = self.vllm_config
-        compat.check_hooks(VllmScheduler)
-        compat.check_supported(config)
-        self._max_k = compat.max_k(config)
-        self._drafts_cost = compat.drafts_cost(config)
-        self._fills_up = compat.fills_up(config)
+        support.check_hooks(VllmScheduler)
+        support.check_supported(config)
+        self._max_k = support.max_k(config)
+        self._drafts_cost = support.drafts_cost(config)
+        self._fills_up = support.fills_up(config)
         self._draftless = False  # whether the drafter did not run at the end of the last step
-        facts = compat.model_facts(config)
+        facts = support.model_facts(config)
         self._options = server_options(config.additional_config, self._max_k, facts)
         self._began: float | None = None  # when the step under way began; None while idle
         self._decisions: dict[str, Decision] = {}  # the last one of each request
@@ -91,7 +91,7 @@ class Scheduler(VllmScheduler):
             self._trace_log = (
                 TraceLog(options.trace_log, options.trace_tokens) if options.trace_log else None
             )
-        compat.logger.info(
+        support.logger.info(
             "moecascade: policy %r, K from 0 to %d", self._options.policy, self._max_k
         )
 
@@ -287,4 +287,4 @@ class Scheduler(VllmScheduler):
         """Count a fault; log the first of its kind."""
         self.cascade_faults[what] += 1
         if self.cascade_faults[what] == 1:
-            compat.logger.warning("moecascade: %s: %s (logged once)", what, message)
+            support.logger.warning("moecascade: %s: %s (logged once)", what, message)

@@ -1,0 +1,192 @@
+"""What a server's configuration and a single request may ask for.
+
+Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Request: the entries
+``cascade_policy``, ``cascade_max_k`` and ``cascade_task`` of ``vllm_xargs`` (HTTP) or
+``SamplingParams.extra_args``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from moecascade.core import registry
+from moecascade.core.settings import from_mapping
+from moecascade.core.spec import parse
+from moecascade.errors import ConfigError, nearest
+
+CONFIG_KEY = "cascade"
+PACKAGE = "moecascade"
+REQUEST_PREFIX = "cascade_"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Configuration of the plugin.
+
+    Attributes:
+        policy: Spec of the policy for requests that do not choose one.
+        options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
+        request_options: Whether requests may choose policy and cap; if not, those that do are
+            answered with status 400 by `moecascade.vllm.http`, and ignored where it is missing.
+        step_log: File to write a line a step to (schema `telemetry.step_log`), or "" for none.
+        trace_log: File to write a line a request to (schema `telemetry.traces`), or "" for none.
+        trace_tokens: Whether traces hold token ids. They are what users and model said.
+    """
+
+    policy: str = "marginal"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    request_options: bool = True
+    step_log: str = ""
+    trace_log: str = ""
+    trace_tokens: bool = False
+
+    def settings_of(self, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a policy: what is known of the model, and what is configured.
+
+        Args:
+            name: The policy's name.
+            facts: See `core.controller.Controller`.
+        """
+        return {**registry.applicable(name, facts), **self.options.get(name, {})}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What one request asks for.
+
+    Attributes:
+        policy: Spec of its policy, None for the server's.
+        max_k: Cap on K, None for the engine's; 0 switches speculation off.
+        task: What kind of request it is, for traces.
+    """
+
+    policy: str | None = None
+    max_k: int | None = None
+    task: str = ""
+
+
+def server_options(
+    additional_config: Any, max_k: int, facts: Mapping[str, Any] | None = None
+) -> ServerOptions:
+    """Return the validated configuration from vLLM's ``additional_config``.
+
+    Args:
+        additional_config: vLLM's mapping; without our key, all defaults.
+        max_k: The longest draft that the engine can verify.
+        facts: What is known of the model, see `core.controller.Controller`.
+
+    Raises:
+        ConfigError: Unknown keys, policies or settings, values out of range.
+    """
+    given = additional_config if isinstance(additional_config, Mapping) else {}
+    for key in given:  # others may have keys of their own there, so only ours misspelt is refused
+        alike = difflib.get_close_matches(str(key).lower(), (CONFIG_KEY,), cutoff=0.85)
+        if key != CONFIG_KEY and (key == PACKAGE or alike):
+            raise ConfigError(f"additional_config: unknown key {key!r}; ours is {CONFIG_KEY!r}")
+    values = given.get(CONFIG_KEY, {})
+    where = f'additional_config["{CONFIG_KEY}"]'
+    chosen = from_mapping(ServerOptions, values, where)
+    for name, settings in chosen.options.items():
+        known = registry.classes()
+        if name not in known:
+            raise ConfigError(
+                f"{where}: options are for an unknown policy {name!r}{nearest(name, known)}; "
+                f"allowed: {', '.join(sorted(known))}"
+            )
+        about = f"{where}: options of policy {name!r}"
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{about}: expected a mapping of names to values, got {settings!r}")
+        filled = chosen.settings_of(name, facts or {})
+        if known[name].argument:
+            filled.setdefault(known[name].argument, 0)
+        from_mapping(known[name].Settings, filled, about)
+    name = parse(chosen.policy)[0]
+    registry.create(chosen.policy, max_k, chosen.settings_of(name, facts or {}))
+    return chosen
+
+
+def _no_settings(_name: str) -> Mapping[str, Any]:
+    return {}
+
+
+def request_options(
+    extra_args: Mapping[str, Any] | None,
+    max_k: int | None,
+    settings_of: Callable[[str], Mapping[str, Any]] = _no_settings,
+) -> RequestOptions:
+    """Return what a request's ``vllm_xargs`` ask of us; entries of others are left alone.
+
+    Args:
+        extra_args: The request's mapping, or None.
+        max_k: The longest draft that the engine can verify; None where it is not known, then K is
+            only checked for its type and sign.
+        settings_of: Gives the settings that the server has for a policy, by its name.
+
+    Raises:
+        ConfigError: Unknown ``cascade_*`` entries, unknown policies, K out of range.
+    """
+    asked = {k: v for k, v in (extra_args or {}).items() if k.startswith(REQUEST_PREFIX)}
+    if not asked:
+        return RequestOptions()
+    allowed = ("cascade_policy", "cascade_max_k", "cascade_task")
+    for key in asked:
+        if key not in allowed:
+            raise ConfigError(
+                f"vllm_xargs: unknown entry {key!r}{nearest(key, allowed)}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+    policy, cap = asked.get("cascade_policy"), asked.get("cascade_max_k")
+    if policy is not None:
+        if not isinstance(policy, str):
+            raise ConfigError(
+                f"vllm_xargs: cascade_policy must be one of {', '.join(registry.names())}, "
+                f"got {policy!r}"
+            )
+        settings = settings_of(parse(policy)[0])
+        _check(policy, registry.ANY_K if max_k is None else max_k, json.dumps(settings))
+    if cap is not None:
+        whole = isinstance(cap, int) and not isinstance(cap, bool)
+        if not whole or cap < 0 or (max_k is not None and cap > max_k):
+            top = "the engine's longest draft" if max_k is None else max_k
+            raise ConfigError(
+                f"vllm_xargs: cascade_max_k must be a whole number from 0 to {top}, got {cap!r}"
+            )
+    task = asked.get("cascade_task", "")
+    if not isinstance(task, str):
+        raise ConfigError(f"vllm_xargs: cascade_task must be a text, got {task!r}")
+    return RequestOptions(policy, cap, task)
+
+
+def what_is_right(
+    extra_args: Mapping[str, Any] | None,
+    max_k: int | None,
+    settings_of: Callable[[str], Mapping[str, Any]] = _no_settings,
+) -> RequestOptions:
+    """Return those of a request's options that are right on their own, as `request_options`."""
+    found = RequestOptions()
+    for key, value in (extra_args or {}).items():
+        with suppress(ConfigError):
+            one = request_options({key: value}, max_k, settings_of)
+            found = RequestOptions(
+                one.policy or found.policy,
+                found.max_k if one.max_k is None else one.max_k,
+                one.task or found.task,
+            )
+    return found
+
+
+@lru_cache(maxsize=256)
+def _check(spec: str, max_k: int, settings: str) -> None:
+    """Raise ConfigError where a policy cannot be made. Making one takes a millisecond or two."""
+    try:
+        registry.create(spec, max_k, json.loads(settings))
+    except ConfigError:
+        raise
+    except Exception as fault:  # noqa: BLE001 -- whatever a number like 10**400 leads to
+        raise ConfigError(f"policy {spec[:80]!r} cannot be made: {fault!r:.80}") from None

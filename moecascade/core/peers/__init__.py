@@ -1,0 +1,1 @@
+"""What others use to choose K, to compare with. Each module says where it comes from."""

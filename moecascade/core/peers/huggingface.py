@@ -1,0 +1,89 @@
+"""Policy `hf-heuristic`: two more after a draft that was all right, else one fewer.
+
+Source: Hugging Face transformers, ``num_assistant_tokens_schedule`` "heuristic_transient" and
+"heuristic" (GenerationConfig): begins with ``num_assistant_tokens``, 20 by default, never below 1.
+"heuristic" goes on with the value that the last generation ended with.
+
+Departure: transformers drafts with a model, which always drafts; a step without a draft changes
+nothing here. As K is capped by the engine's longest draft, so is the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moecascade.core.step import Decision, Proposal, Step
+from moecascade.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceSettings:
+    """The schedule.
+
+    Attributes:
+        first_k: K of a request's first draft.
+        transient: Whether each request begins there; if not, where the last one ended.
+    """
+
+    first_k: int = 20
+    transient: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the range; ConfigError names the setting."""
+        if self.first_k < 1:
+            raise ConfigError(
+                f"options of policy 'hf-heuristic': first_k must be at least 1, got {self.first_k}"
+            )
+
+
+class HuggingFace:
+    """A K for each request, up by two and down by one."""
+
+    name: ClassVar[str] = "hf-heuristic"
+    argument: ClassVar[str] = ""
+    Settings: ClassVar[type[HuggingFaceSettings]] = HuggingFaceSettings
+    learns: ClassVar[bool] = False
+
+    def __init__(self, settings: HuggingFaceSettings, max_k: int) -> None:
+        """Make the policy; see `Policy`."""
+        self._settings = settings
+        self._max_k = max_k
+        self._last = min(settings.first_k, max_k)
+        self._requests: dict[str, tuple[int, int]] = {}  # cap and K
+
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
+        """Begin as the schedule says."""
+        cap = min(max_k, self._max_k)
+        first = self._settings.first_k if self._settings.transient else self._last
+        self._requests[request_id] = cap, min(first, cap)
+
+    def drop(self, request_id: str) -> None:
+        """Forget the request; the next one goes on with its K."""
+        cap, k = self._requests.pop(request_id, (0, 0))
+        if cap == self._max_k:  # a request's own cap is no concern of the next
+            self._last = k
+
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
+        """Return each request's K."""
+        return [
+            Decision(p.request_id, self._requests[p.request_id][1], self.name) for p in proposals
+        ]
+
+    def observe(self, step: Step) -> None:
+        """Move the K of every request that drafted."""
+        for part in step.requests:
+            if part.request_id in self._requests and part.drafted:
+                cap, k = self._requests[part.request_id]
+                k = k + 2 if part.emitted > part.drafted else max(1, k - 1)
+                self._requests[part.request_id] = cap, min(k, cap)
+
+    def lookahead(self, request_id: str) -> int:
+        """Return what K may have risen to by then."""
+        cap, k = self._requests[request_id]
+        return min(k + 2, cap)
+
+    def explain(self, request_id: str) -> Mapping[str, Any]:
+        """Return K."""
+        return {"k": self._requests[request_id][1]}

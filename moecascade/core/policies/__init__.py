@@ -1,0 +1,1 @@
+"""This project's policies of one file each: `off`, `static:K`, the paper's `cascade`."""

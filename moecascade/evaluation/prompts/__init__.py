@@ -1,0 +1,1 @@
+"""Prompts of our own, one file a task, read by `evaluation.workloads`."""

@@ -1,1 +1,0 @@
-"""Prompts of our own, one file a task, read by `moecascade.workloads`."""

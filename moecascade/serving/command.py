@@ -1,0 +1,312 @@
+"""How to start vLLM's server: from what the user asked for to a command line.
+
+What would fail late, deep in vLLM, is refused here: unknown policies and keys, K out of range,
+options that contradict each other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moecascade.core.options import CONFIG_KEY, server_options
+from moecascade.core.registry import ANY_K
+from moecascade.errors import ConfigError
+from moecascade.serving import machine
+from moecascade.serving.flags import Flags, to_json
+from moecascade.vllm import support
+
+DRAFTER: dict[str, Any] = {
+    "method": "ngram",
+    "num_speculative_tokens": 8,
+    "prompt_lookup_min": 2,
+    "prompt_lookup_max": 4,
+}
+"""Speculative decoding where the user asks for none: copies from prompt and output, at most 8."""
+
+SCHEDULER = "moecascade.vllm.Scheduler"
+MIDDLEWARE = "moecascade.vllm.http.ValidateOptions"
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+ANY_HOST = "0.0.0.0"  # noqa: S104 -- recognised, not bound
+LOCAL_MAX_MODEL_LEN = 4096
+CPU_CACHE_GIB = {True: 2, False: 4}
+"""Memory for the KV cache on a CPU, for a local model and for others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a server.
+
+    Attributes:
+        command: Program and arguments.
+        environment: Variables to set besides those that are set already.
+        model: The name by which requests ask for the model.
+        host: Where it will listen.
+        port: Where it will listen.
+        socket_path: The Unix socket where it listens instead, or "".
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    model: str
+    host: str
+    port: int
+    socket_path: str = ""
+
+    @property
+    def url(self) -> str:
+        """The server's address as seen from this machine."""
+        host = {"": "127.0.0.1", ANY_HOST: "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+    def __str__(self) -> str:
+        """Return a line that a shell would take."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
+
+
+def plan(
+    model: str,
+    arguments: Sequence[str] = (),
+    *,
+    policy: str | None = None,
+    max_k: int | None = None,
+    step_log: Path | None = None,
+    trace_log: Path | None = None,
+    local_name: str | None = None,
+) -> Launch:
+    """Return how to serve `model` with the plugin on.
+
+    Args:
+        model: A folder or a name on the hub.
+        arguments: vLLM's own flags. They are passed on as they are and override our defaults.
+        policy: Spec of the policy for requests that choose none; the plugin's default if None.
+        max_k: Longest draft of the default drafter.
+        step_log: File for the plugin's step log.
+        trace_log: File for the plugin's traces, with token ids.
+        local_name: The name of our local model that lives in the folder `model`, if it is one.
+
+    Raises:
+        ConfigError: An unknown policy or key, K out of range, options that contradict each other.
+    """
+    flags = Flags(arguments)
+    ours: list[str] = []
+    if "speculative-config" in flags:
+        if max_k is not None:
+            raise ConfigError(
+                f"--max-k {max_k} sets the default drafter's length, but you chose a drafter "
+                'yourself; write "num_speculative_tokens" in its configuration instead'
+            )
+    else:
+        ours += ["--speculative-config", to_json(_drafter(max_k))]
+    is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
+    if is_ours:
+        _check_supported(flags, arguments)
+    if is_ours and "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
+        ours += ["--no-async-scheduling"]
+    ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
+    made = _launch(model, flags, [*ours, *arguments], local_name)
+    return _with_runner(made, flags) if is_ours else made
+
+
+def _check_supported(flags: Flags, arguments: Sequence[str]) -> None:
+    """Refuse what the plugin would refuse in the engine, where the model has been loaded by then.
+
+    As far as flags tell; `moecascade.vllm.support.check_supported` sees all of it.
+    """
+    method = drafter_of(flags).get("method")
+    if isinstance(method, str) and method not in support.DRAFTERS:
+        raise ConfigError(support.unknown_drafter(method))
+    said = [argument.replace("_", "-").removeprefix("--") for argument in arguments]
+    switches = [word for word in said if word.removeprefix("no-") == "async-scheduling"]
+    if switches and switches[-1] == "async-scheduling":  # the last one counts
+        raise ConfigError(support.ASYNC_SCHEDULING)
+    for name in support.SIZES:
+        if name == "data_parallel_size":
+            continue  # vLLM makes engines of their own of a dense model's ranks: those are served
+        size = flags.value(name.replace("_", "-"), "1")
+        if size.isdecimal() and int(size) > 1:
+            raise ConfigError(support.too_many(name, int(size)))
+
+
+def _with_runner(launch: Launch, flags: Flags) -> Launch:
+    """Have vLLM run the drafter in a way that is supported, where the user did not decide.
+
+    See `moecascade.vllm.compat`: with a model drafter it takes vLLM's first model runner.
+    """
+    if drafter_of(flags).get("method") == DRAFTER["method"] or os.environ.get(RUNNER):
+        return launch
+    return replace(launch, environment={**launch.environment, RUNNER: "0"})
+
+
+def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None = None) -> Launch:
+    """Return how to serve `model` without plugin and speculation, otherwise as `plan` would.
+
+    Args:
+        model: A folder or a name on the hub.
+        arguments: vLLM's flags for `plan`; those that choose a drafter are left out.
+        local_name: As for `plan`.
+
+    Raises:
+        ConfigError: A ``--config`` file chooses a drafter.
+    """
+    kept: list[str] = []
+    dropping = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, _ = argument.partition("=")
+            dropping = Flags.canonical(name) == "speculative-config"
+            if dropping and equals:
+                dropping = False
+                continue
+        if not dropping:
+            kept.append(argument)
+    flags = Flags(kept)
+    if "speculative-config" in flags:
+        raise ConfigError(
+            f"--config {flags.value('config')} chooses a drafter, so vLLM cannot be measured "
+            "without; name the drafter on the command line instead"
+        )
+    return _with_runner(_launch(model, flags, kept, local_name), Flags(arguments))
+
+
+def _launch(model: str, flags: Flags, arguments: Sequence[str], local_name: str | None) -> Launch:
+    """Add what every server needs here."""
+    ours: list[str] = []
+    environment: dict[str, str] = {}
+    if machine.vllm_runs_on_cpu():
+        ours += _for_cpu(flags, local=local_name is not None)
+        environment |= _cpu_environment(local=local_name is not None)
+    if local_name is not None:
+        environment["HF_HUB_OFFLINE"] = "1"
+        if "max-model-len" not in flags:
+            ours += ["--max-model-len", str(LOCAL_MAX_MODEL_LEN)]
+        if "served-model-name" not in flags:
+            ours += ["--served-model-name", local_name]
+    try:
+        port = int(flags.value("port", "8000"))
+    except ValueError:
+        raise ConfigError(f"--port {flags.value('port')}: give a number, such as 8000") from None
+    return Launch(
+        command=(*_entry(model), *ours, *arguments),
+        environment=environment,
+        model=flags.value("served-model-name", local_name or model),
+        host=flags.value("host"),
+        port=port,
+        socket_path=flags.value("uds"),
+    )
+
+
+def _for_cpu(flags: Flags, *, local: bool) -> list[str]:
+    """Return flags that work on a CPU, where the user did not decide.
+
+    The local models are small enough for float32 where that is faster.
+    """
+    dtype = "float32" if local and not machine.multiplies_bfloat16() else "bfloat16"
+    wanted = {"enforce-eager": ["--enforce-eager"], "dtype": ["--dtype", dtype]}
+    return [word for name, words in wanted.items() if name not in flags for word in words]
+
+
+def _cpu_environment(*, local: bool) -> dict[str, str]:
+    """Return variables that vLLM wants on a CPU, where the user did not set them."""
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {}
+    return {"VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB[local])}
+
+
+def _drafter(max_k: int | None) -> dict[str, Any]:
+    """Return the default drafter with drafts of at most `max_k`."""
+    if max_k is None:
+        return DRAFTER
+    if max_k < 1:
+        raise ConfigError(f"--max-k {max_k}: must be at least 1; for no speculation: --policy off")
+    return {**DRAFTER, "num_speculative_tokens": max_k}
+
+
+def _plugin(
+    flags: Flags, policy: str | None, max_k: int | None, logs: Mapping[str, Path | None]
+) -> list[str]:
+    """Return the flags that switch the plugin on and configure it; check what was asked of it."""
+    named = {f"--{name.replace('_', '-')}": path for name, path in logs.items()}
+    chosen = {"--policy": policy, **named}
+    asked = [f"{name} {value}" for name, value in chosen.items() if value is not None]
+    if "scheduler-cls" in flags:
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} is for our scheduler, but --scheduler-cls "
+                f"{flags.value('scheduler-cls')} replaces it; drop one of the two"
+            )
+        return []
+    longest = max_k if max_k is not None else _longest_draft(flags)
+    switch = ["--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE]
+    if "additional-config" in flags:
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} and --additional-config were both given; write it there instead: "
+                f"""'{{"{CONFIG_KEY}": {{"policy": "...", "step_log": "..."}}}}'"""
+            )
+        if text := flags.value("additional-config"):
+            try:
+                server_options(json.loads(text), longest)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"--additional-config {text}: not JSON ({error}); put the whole of it in "
+                    "single quotes and names in double quotes"
+                ) from None
+        return switch
+    config: dict[str, Any] = {}
+    if policy is not None:
+        config["policy"] = policy
+    config |= {name: str(path.absolute()) for name, path in logs.items() if path is not None}
+    if logs.get("trace_log") is not None:
+        config["trace_tokens"] = True
+    server_options({CONFIG_KEY: config}, longest)
+    return [*switch, "--additional-config", to_json({CONFIG_KEY: config})] if config else switch
+
+
+def drafter_of(flags: Flags) -> Mapping[str, Any]:
+    """Return the speculative configuration that `plan` serves with, as far as it can be read."""
+    if "speculative-config" not in flags:
+        return DRAFTER
+    with suppress(ValueError):  # vLLM will say what is wrong with it
+        found = json.loads(flags.value("speculative-config"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _longest_draft(flags: Flags) -> int:
+    """Return the longest draft of the drafter that the user chose, as far as it can be read."""
+    with suppress(ValueError, KeyError, TypeError):
+        return int(drafter_of(flags)["num_speculative_tokens"])
+    return ANY_K
+
+
+def _entry(model: str) -> list[str]:
+    """Return the command that starts a server: the first of vLLM's ways that works here.
+
+    ``vllm serve`` does all that vLLM can, but needs the distribution to be called ``vllm``; CPU
+    builds are not. The module behind it serves one engine, and moved from an old place to a new.
+    """
+    python = [sys.executable, "-m"]
+    if machine.version("vllm") is not None:
+        return [*python, "vllm.entrypoints.cli.main", "serve", model]
+    new = "vllm.entrypoints.launchers.api_server.entry"
+    old = "vllm.entrypoints.openai.api_server"
+    return [*python, new if _exists(new) else old, "--model", model]
+
+
+def _exists(module: str) -> bool:
+    """Return whether a module of vLLM exists, without importing any of it."""
+    found = importlib.util.find_spec("vllm")
+    roots = (found.submodule_search_locations or []) if found else []
+    path = Path(*module.split(".")[1:]).with_suffix(".py")
+    return any((Path(root) / path).is_file() for root in roots)

@@ -1,0 +1,139 @@
+"""The step log: one JSON object a line for each step of an engine that computed anything.
+
+    {"schema": "moecascade.steps/1", "step": 17, "seconds": 0.031, "decode": true, "requests": [
+      {"id": "cmpl-1", "policy": "cascade", "k": 3, "why": "test", "drafted": 3, "emitted": 2,
+       "utility": 1.21}], "controller": 0.00004, "handover": 0.0009}
+
+``k`` is the draft length that was decided, ``drafted`` what the drafter had of it; see
+`core.step` for the other fields. ``controller`` is the time, in seconds, that decision and
+observation took, ``handover`` the time that the drafts took from vLLM's worker to its scheduler.
+What a policy expected of the step follows where it says so (`EXPECTED`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from moecascade.core.step import Decision, Step
+from moecascade.telemetry.files import Tail
+
+SCHEMA = "moecascade.steps/1"
+
+EXPECTED = ("utility", "expected_tokens", "expected_seconds")
+"""Entries of a policy's explanation that the log keeps: utility as the policy sees it (`marginal`:
+expected of this step; `cascade`: measured so far in the phase), the tokens that the step is
+expected to give the request, and the time that it is expected to take."""
+
+
+class StepLog:
+    """Appends steps to a file.
+
+    Args:
+        path: The file; it is created, with its folder, or appended to.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._step = 0
+
+    def write(
+        self,
+        step: Step,
+        decisions: Mapping[str, Decision],
+        policy_of: Mapping[str, str],
+        explained: Mapping[str, Mapping[str, Any]],
+        controller: float,
+        handover: float,
+    ) -> None:
+        """Append a step.
+
+        Args:
+            step: What it did.
+            decisions: Those in force during it, by request.
+            policy_of: The specs of the policies that made them.
+            explained: What the policies said of them.
+            controller: Seconds that deciding took.
+            handover: Seconds that the drafts took to get here.
+        """
+        rows = []
+        for part in step.requests:
+            decision = decisions.get(part.request_id)
+            rows.append(
+                {
+                    "id": part.request_id,
+                    "policy": policy_of.get(part.request_id, ""),
+                    "k": decision.k if decision else 0,
+                    "why": decision.why if decision else "",
+                    "drafted": part.drafted,
+                    "emitted": part.emitted,
+                    **{
+                        key: value
+                        for key in EXPECTED
+                        if (value := explained.get(part.request_id, {}).get(key)) is not None
+                    },
+                }
+            )
+        line = {
+            "schema": SCHEMA,
+            "step": self._step,
+            "seconds": step.seconds,
+            "decode": step.decode,
+            "requests": rows,
+            "controller": controller,
+            "handover": handover,
+        }
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._step += 1
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
+
+
+class Reader:
+    """Reads a log that is still being written.
+
+    Args:
+        path: The file. It need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Begin at the log's beginning."""
+        self._path = path
+        self._tail = Tail(path)
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """Yield the steps since the last call; a line that is still being written is left out.
+
+        Raises:
+            ValueError: A whole line is not a step of this schema.
+        """
+        for step in self._tail():
+            if not isinstance(step, dict) or step.get("schema") != SCHEMA:
+                raise ValueError(f"{self._path}: not a step log of schema {SCHEMA!r}: {step!r:.80}")
+            yield step
+
+
+def read(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a log.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A whole line is not a step of this schema.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(path)
+    return Reader(path)()

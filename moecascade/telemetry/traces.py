@@ -1,0 +1,171 @@
+"""Traces: what requests said, so that policies can be replayed on it without an engine.
+
+A trace is JSON Lines, one request a line:
+
+    {"id": "code-1", "task": "code", "prompt_token_ids": [...], "output_token_ids": [...],
+     "steps": [{"drafted": 3, "emitted": 2, "seconds": 0.031}, ...]}
+
+``steps`` are those of the engine that it was recorded on, and may be missing. A log of live traffic
+(`TraceLog`) holds token ids only where they were asked for; it cannot be replayed without. Further
+keys are allowed and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from moecascade.core.step import Step
+from moecascade.errors import ConfigError
+
+FORM = "a line is a JSON object with id, task, prompt_token_ids, output_token_ids"
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One request.
+
+    Attributes:
+        id: Its name.
+        task: What kind of request it is; results are broken down by it.
+        prompt: Token ids of the prompt.
+        output: Token ids of the answer, at least one.
+    """
+
+    id: str
+    task: str
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects in a file of JSON Lines, each with the number of its line.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # strings may hold other line ends
+    except OSError as error:
+        raise ConfigError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"cannot read trace {str(path)!r}: not UTF-8 at byte {error.start}; unpack it if it is "
+            "packed"
+        ) from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not a trace ({error}); {FORM}") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {number}: not a trace ({row!r:.40}); {FORM}")
+        yield number, row
+
+
+def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
+    """Yield the requests of trace files, without those that say nothing.
+
+    Raises:
+        ConfigError: A file cannot be read, or a line is not a trace; names file and line.
+    """
+    for path in paths:
+        for number, row in read_lines(path):
+            if row.get("output_token_ids", row) is None:
+                raise ConfigError(
+                    f"{path}, line {number}: recorded without token ids, so it cannot be "
+                    "replayed; record with trace_tokens on, or with 'moecascade record'"
+                )
+            try:
+                trace = Trace(
+                    str(row["id"]),
+                    str(row["task"]),
+                    tuple(int(token) for token in row["prompt_token_ids"]),
+                    tuple(int(token) for token in row["output_token_ids"]),
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{path}, line {number}: not a trace ({error!r}); {FORM}"
+                ) from None
+            if trace.output:
+                yield trace
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that has not ended; its tokens are kept where they will be written."""
+
+    task: str
+    prompt_tokens: int
+    output_tokens: int = 0
+    prompt: Sequence[int] = ()
+    output: list[int] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TraceLog:
+    """Writes a trace of each request of an engine to a file, when the request ends.
+
+    Args:
+        path: The file; it is created, with its folder, or appended to.
+        tokens: Whether to write token ids. They are what was said: only where users agree.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path, tokens: bool) -> None:
+        """Open the file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._tokens = tokens
+        self._open: dict[str, _Open] = {}
+
+    def begin(self, request_id: str, task: str, prompt: Sequence[int]) -> None:
+        """A request begins."""
+        # A copy: in a streaming session vLLM lengthens its list by the answer and what comes next.
+        kept = tuple(prompt) if self._tokens else ()
+        self._open[request_id] = _Open(task, len(prompt), prompt=kept)
+
+    def step(self, step: Step) -> None:
+        """Take a step's part of each request."""
+        for part in step.requests:
+            if (request := self._open.get(part.request_id)) is not None and part.emitted:
+                request.output_tokens += len(part.tokens)
+                if self._tokens:
+                    request.output.extend(part.tokens)
+                request.steps.append(
+                    {"drafted": part.drafted, "emitted": part.emitted, "seconds": step.seconds}
+                )
+
+    def end(self, request_id: str) -> None:
+        """A request ended, however it ended: write it. Unknown names are ignored."""
+        request = self._open.pop(request_id, None)
+        if request is None:
+            return
+        line = {
+            "id": request_id,
+            "task": request.task,
+            "prompt_tokens": request.prompt_tokens,
+            "output_tokens": request.output_tokens,
+            "prompt_token_ids": list(request.prompt) if self._tokens else None,
+            "output_token_ids": request.output if self._tokens else None,
+            "steps": request.steps,
+        }
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; requests that have not ended are left out."""
+        self._file.close()
