@@ -302,7 +302,7 @@ def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(found: results
             cell.workload,
         )
         assert len(again.each) == 3 * len(cell.each)
-        assert again.speedup == pytest.approx(cell.speedup, rel=0.02)  # luck is of all together
+        assert again.speedup == pytest.approx(cell.speedup)
 
 
 def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results.Results) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from moecascade.cli.demo import table
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError, nearest
-from moecascade.evaluation import luck, results, session, workloads
+from moecascade.evaluation import results, session, workloads
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.report.speedups import condition_of, summarise
 from moecascade.evaluation.request_record import PLAIN
@@ -213,7 +213,7 @@ def _keep(
         models=about,
         servers=served,
         rows=[results.plain(row) for row in journal.rows],
-        summary=[results.plain(cell) for cell in summarise(luck.evened(journal.rows))],
+        summary=[results.plain(cell) for cell in summarise(journal.rows)],
     )
     results.write(out / RESULTS, found)
 
@@ -223,8 +223,7 @@ def _print(journal: Journal) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
-    measured = luck.evened(journal.rows)
-    for condition in dict.fromkeys(condition_of(row) for row in measured):
-        rows = [row for row in measured if condition_of(row) == condition]
+    for condition in dict.fromkeys(condition_of(row) for row in journal.rows):
+        rows = [row for row in journal.rows if condition_of(row) == condition]
         shown = [cell for cell in summarise(rows) if "+" not in cell.workload]
         console.print(table(shown, condition.title, ""))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moecascade.core.spec import split
-from moecascade.evaluation import luck, results, session
+from moecascade.evaluation import results, session
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.report import plots
 from moecascade.evaluation.report.speedups import Cell, fastest, summarise
@@ -114,7 +114,7 @@ def demo(
     finally:
         journal.close()
         rows_file.unlink(missing_ok=True)
-    cells = summarise(luck.evened(journal.rows))
+    cells = summarise(journal.rows)
     found = results.collect(
         "demo",
         arguments=arguments,

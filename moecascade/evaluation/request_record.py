@@ -87,8 +87,6 @@ class Row:
             where it says nothing.
         series: Each step's (K, tokens, seconds, utility or None); of few requests, to be drawn.
         text: What the model wrote; kept where results are small.
-        reference: Baseline steps a token that `luck.REFERENCE` takes for this answer in replay,
-            None where that is not known: what of a speed is the text's.
     """
 
     request: str
@@ -123,7 +121,6 @@ class Row:
     utility: float | None = None
     series: tuple[tuple[int, int, float, float | None], ...] = ()
     text: str = ""
-    reference: float | None = None
 
     @property
     def run(self) -> str:
@@ -138,10 +135,13 @@ class Row:
 
 
 def from_json(values: Mapping[str, Any]) -> Row:
-    """Return the row that JSON gave back as a mapping; TypeError where it is none."""
+    """Return the row that JSON gave back as a mapping; TypeError where it is none.
+
+    Rows of 0.1.0's development have a `reference`, which nothing reads any more.
+    """
     return Row(
         **{
-            **values,
+            **{name: value for name, value in values.items() if name != "reference"},
             "gaps": tuple(values["gaps"]),
             "by_k": tuple(AtK(**at) for at in values["by_k"]),
             "accepted_at": tuple(values["accepted_at"]),

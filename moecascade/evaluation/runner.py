@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,11 @@ import numpy as np
 
 from moecascade.core import registry
 from moecascade.errors import SetupError, TooLongError
-from moecascade.evaluation import luck
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.client import Reply, chat
 from moecascade.evaluation.request_record import BASELINE, PLAIN, Row, Steps, tally
 from moecascade.evaluation.schedule import Block, Plan, Request
 from moecascade.evaluation.workloads import Prompt
-from moecascade.replay.player import Conditions
 from moecascade.serving import command
 
 if TYPE_CHECKING:
@@ -166,13 +163,9 @@ def rows_of(
     replies: Sequence[Reply],
     seconds: float,
     steps: Mapping[str, Steps],
-    references: Mapping[str, float],
     keep_text: bool,
 ) -> list[Row]:
-    """Return a block's rows: the answers joined with the step log, and what their texts are worth.
-
-    `references` are those of `luck.times`.
-    """
+    """Return a block's rows: the answers joined with the step log."""
     made = []
     for request, reply in zip(block.requests, replies, strict=True):
         median, p95, p99 = np.percentile(reply.gaps or (0.0,), [50, 95, 99]).tolist()
@@ -197,7 +190,6 @@ def rows_of(
                 gaps=(median, p95, p99),
                 finish_reason=reply.finish_reason,
                 text=reply.text if keep_text else "",
-                reference=references.get(request.id),
                 **steps.get(request.id, Steps()).fields(request.drawn),
             )
         )
@@ -209,33 +201,13 @@ def _nothing() -> Iterator[Mapping[str, Any]]:
     return iter(())
 
 
-@dataclass(frozen=True, slots=True)
-class Logs:
-    """What servers write meanwhile. Each returns the lines since it was last called.
-
-    Attributes:
-        steps: The step log (`telemetry.step_log`).
-        traces: The requests' traces with token ids (`telemetry.traces`), where their luck is to be
-            known, and
-        played: what they are replayed under for that.
-    """
-
-    steps: Callable[[], Iterator[Mapping[str, Any]]] = _nothing
-    traces: Callable[[], Iterator[Mapping[str, Any]]] = _nothing
-    played: Conditions | None = None
-
-    def references(self) -> dict[str, float]:
-        """Return `luck.times` of the requests that have ended since this was last called."""
-        return luck.times(self.traces(), self.played) if self.played else {}
-
-
 def measure(
     servers: Mapping[str, str],
     model: str,
     plan: Plan,
     journal: Journal,
     *,
-    logs: Logs | None = None,
+    log: Callable[[], Iterator[Mapping[str, Any]]] = _nothing,
     deadline: float | None = None,
     keep_text: bool = False,
     tell: Callable[[str, int], None] = lambda _what, _sent: None,
@@ -247,7 +219,7 @@ def measure(
         model: The name under which they serve the model.
         plan: What is sent.
         journal: Where rows go.
-        logs: What the servers write; nothing if None.
+        log: Returns the lines of the step log (`telemetry.step_log`) since it was last called.
         deadline: No round but the first begins that would end after this time of
             `time.monotonic`, if it took as long as the longest so far.
         keep_text: Whether rows hold the answers.
@@ -260,9 +232,7 @@ def measure(
         ConfigError: There are fewer prompts than requests in flight.
         SetupError: The server refuses a request or fails.
     """
-    return asyncio.run(
-        _measure(servers, model, plan, journal, logs or Logs(), deadline, keep_text, tell)
-    )
+    return asyncio.run(_measure(servers, model, plan, journal, log, deadline, keep_text, tell))
 
 
 async def _measure(
@@ -270,7 +240,7 @@ async def _measure(
     model: str,
     plan: Plan,
     journal: Journal,
-    logs: Logs,
+    log: Callable[[], Iterator[Mapping[str, Any]]],
     deadline: float | None,
     keep_text: bool,
     tell: Callable[[str, int], None],
@@ -297,8 +267,8 @@ async def _measure(
                 except TooLongError as error:  # under the other policies as well
                     left_out.append(str(error))
                     break
-                steps, references = tally(logs.steps()), logs.references()
-                journal.add(rows_of(model, block, replies, seconds, steps, references, keep_text))
+                steps = tally(log())
+                journal.add(rows_of(model, block, replies, seconds, steps, keep_text))
             if whole:  # else it says nothing about how long one takes
                 longest = max(longest, time.monotonic() - began)
     tell("measured", sent)

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from moecascade.errors import SetupError
-from moecascade.evaluation import luck, runner
+from moecascade.evaluation import runner
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.request_record import BASELINE, PLAIN
 from moecascade.evaluation.schedule import Plan
@@ -32,7 +32,6 @@ from moecascade.localmodel.locate import find_model
 from moecascade.serving import command, server
 from moecascade.serving.flags import Flags
 from moecascade.telemetry import step_log
-from moecascade.telemetry.files import Tail
 
 HOST = "127.0.0.1"
 
@@ -85,15 +84,13 @@ def serve_and_measure(
     flags = [*without_reuse(flags), *flags]
     where = ["--host", HOST, "--port"]
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch, ExitStack() as stack:
-        log, texts = Path(scratch) / "steps.jsonl", Path(scratch) / "traces.jsonl"
-        sampled = any(settings.temperatures)
+        log = Path(scratch) / "steps.jsonl"
         launches = {
             BASELINE: command.plan(
                 folder,
                 [*where, str(server.free_port(HOST)), *flags],
                 max_k=None if chooses_drafter(flags) else settings.max_k,
                 step_log=log,
-                trace_log=texts if sampled else None,
                 local_name=local_name,
             )
         }
@@ -110,14 +107,12 @@ def serve_and_measure(
             shown.console.print(f"{model}: vLLM ready after {time.monotonic() - began:.0f} s")
         urls = {name: one.url for name, one in launches.items()}
         served = launches[BASELINE]
-        played = luck.conditions(command.drafter_of(Flags(flags))) if sampled else None
-        logs = runner.Logs(step_log.Reader(log), Tail(texts), played)
         left_out = runner.measure(
             urls,
             served.model,
             plan,
             journal,
-            logs=logs,
+            log=step_log.Reader(log),
             deadline=deadline,
             keep_text=keep_text,
             tell=_on(shown, bar, model, blocks, deadline),

@@ -18,7 +18,7 @@ from typing import Any
 from moecascade.core import registry
 from moecascade.core.spec import parse
 from moecascade.errors import ConfigError, SetupError
-from moecascade.evaluation import luck, results
+from moecascade.evaluation import results
 from moecascade.evaluation.report import charts, diagnostics, paper
 from moecascade.evaluation.report.headline import Finding, findings, without
 from moecascade.evaluation.report.pictures import Picture, pictures
@@ -40,7 +40,6 @@ class Report:
         aside: The servers' flags in those runs.
         pictures: The figures.
         findings: The headline: what was measured, beside the paper's figure where there is one.
-        evened: Whether the luck of sampled texts has been taken out of speed-ups.
     """
 
     found: Sequence[results.Results]
@@ -50,18 +49,6 @@ class Report:
     aside: str
     pictures: Sequence[Picture]
     findings: Sequence[Finding]
-    evened: bool
-
-    @property
-    def about_luck(self) -> str:
-        """What a reader must know of the texts, "" where there is nothing."""
-        if not self.evened:
-            return ""
-        return (
-            "With a temperature above 0 every policy writes its own answers; what of a speed was "
-            f"the luck of the text, judged by replaying it under {luck.REFERENCE}, has been "
-            "taken out."
-        )
 
 
 def load(sources: Sequence[Path]) -> list[results.Results]:
@@ -91,8 +78,7 @@ def build(found: Sequence[results.Results]) -> Report:
         parts = distinct([[from_json(values) for values in part.rows] for part in found])
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the results' rows are of another version ({error})") from None
-    measured = [row for part in parts for row in part]
-    rows = luck.evened(measured)
+    rows = [row for part in parts for row in part]
     runs = {row.run for row in rows if parse(row.policy)[2]}
     flags = dict.fromkeys(
         " ".join(map(str, part.arguments.get("flags") or ()))
@@ -103,13 +89,11 @@ def build(found: Sequence[results.Results]) -> Report:
     varied = summarise([row for row in rows if row.run in runs]) if runs else []
     rest = [row for row in rows if row.run not in runs]
     cells = summarise(rest) if rest or not runs else []
-    points = diagnostics.utility_points(measured)
+    points = diagnostics.utility_points(rows)
     drawn = pictures(rest or rows, cells, varied, aside, points)
-    raw = [row for row in measured if row.run not in runs]
-    seen = diagnostics.foreseen(raw, "marginal")
+    seen = diagnostics.foreseen(rest, "marginal")
     said = findings(rows, rest or rows, cells, varied, points, seen)
-    evened = any(a is not b for a, b in zip(rows, measured, strict=True))
-    return Report(found, rows, cells, varied, aside, drawn, said, evened)
+    return Report(found, rows, cells, varied, aside, drawn, said)
 
 
 def distinct(parts: Sequence[Sequence[Row]]) -> list[list[Row]]:
@@ -312,7 +296,7 @@ def markdown(report: Report) -> str:
         note = f"; servers with `{table.note}`" if table.note else ""
         lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval{note}", ""]
         lines += markdown_table(table)
-    lines += ["", *filter(None, [report.about_luck]), ""]
+    lines.append("")
     for part in _parts(report):
         lines.append(
             f"Measured on {part['date']}: {part['machine']}, vLLM {part['vllm']}, "
