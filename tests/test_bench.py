@@ -181,7 +181,6 @@ def test_humaneval_is_asked_as_a_function_to_complete(tmp_path: Path):
         ('{"prompt": " "}\n', "empty"),
         ("3\n", "expected an object"),
         ("", "no prompts"),
-        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "appeared before"),
     ],
 )
 def test_bad_prompt_files_are_refused_with_the_place(tmp_path: Path, text: str, words: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from moecascade.errors import ConfigError
 from moecascade.replay import player
 from moecascade.replay.player import MIXTRAL_LIKE, Conditions, play, summarise
 from moecascade.telemetry import traces
+from moecascade.telemetry.files import records
 from moecascade.telemetry.traces import Trace
 from tests.conftest import Answer
 
@@ -174,7 +174,6 @@ def test_the_command_prints_json_of_the_documented_form(
         (["{path}", "--max-k", "9"], ["9 costs (--cost)", "10 in all"]),
         (["{path}", "--drafter", "eagle"], ["'eagle'", "ngram"]),
         (["{broken}"], ["line 1", "output_token_ids"]),
-        (["{packed}"], ["not UTF-8", "unpack"]),
     ],
 )
 def test_bad_input_ends_with_exit_code_2(
@@ -183,9 +182,7 @@ def test_bad_input_ends_with_exit_code_2(
     path = write(tmp_path / "t.jsonl", [copies(1)])
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": "x"}\n')
-    packed = tmp_path / "t.jsonl.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    names = {"path": path, "broken": broken, "packed": packed}
+    names = {"path": path, "broken": broken}
     done = cli("replay", *(a.format(**names) for a in arguments))
     assert done.returncode == 2
     for word in words:
@@ -212,7 +209,7 @@ def logged(path: Path, *, tokens: bool) -> list[dict[str, object]]:
     log.end("b")
     log.end("never-begun")
     log.close()
-    return [row for _, row in traces.read_lines(path)]
+    return [row for _, row in records(path)]
 
 
 def test_live_traffic_becomes_traces_that_can_be_replayed(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections.abc import Sequence
 from itertools import takewhile
@@ -21,8 +20,7 @@ from moecascade.evaluation.request_record import BASELINE, MARK
 from moecascade.evaluation.schedule import Block, Request, Settings
 from moecascade.localmodel.locate import find_model
 from moecascade.serving import command, server
-from moecascade.telemetry import traces
-from moecascade.telemetry.files import write_whole
+from moecascade.telemetry.files import json_line, records, write_whole
 from moecascade.vllm import support
 
 
@@ -130,7 +128,7 @@ def files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _lines(log: Path, requests: tuple[Request, ...], said: Path) -> list[str]:
     """Return the traces in the order of the requests, under the names of their prompts."""
     found = {}
-    for _, row in traces.read_lines(log):
+    for _, row in records(log):
         if match := MARK.search(row["id"]):
             found[match.group()] = row
     lines = []
@@ -140,5 +138,5 @@ def _lines(log: Path, requests: tuple[Request, ...], said: Path) -> list[str]:
                 f"the server kept no trace of {request.prompt.id!r}; see its log, {said}"
             )
         row = {**found[request.id], "id": request.prompt.id, "task": request.prompt.task}
-        lines.append(json.dumps(row, separators=(",", ":")) + "\n")
+        lines.append(json_line(row))
     return lines

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moecascade.errors import ConfigError
 from moecascade.evaluation.request_record import Row, from_json
+from moecascade.telemetry.files import json_line, open_to_append, records
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 LOCK = ".in-use"
 
@@ -33,29 +35,29 @@ class Journal:
         """Read what there is; a last line that was cut short is dropped."""
         self.rows: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = _alone_in(path.parent)
+        self._lock = _alone_in(path.parent)
         try:
             self._file = self._opened(path, about, fresh)
         except BaseException:
-            os.close(self._folder)
+            self._lock.release()
             raise
 
     def _opened(self, path: Path, about: Mapping[str, Any], fresh: bool) -> TextIO:
         if fresh:
             path.unlink(missing_ok=True)
-        head = json.dumps({"moecascade": "journal", **about})
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole and whole[0].rstrip("\n") != head:
+        file = open_to_append(path)
+        head = json_line({"moecascade": "journal", **about})
+        lines = [row for _, row in records(path)]
+        if not lines:
+            file.write(head)
+        elif lines[0] != json.loads(head):
+            file.close()
             raise ConfigError(
                 f"{path} is of a run that measures something else, or of other prompts; choose "
                 "another folder with --out, or begin anew with --fresh (make bench: FRESH=1)"
             )
-        self.rows = [from_json(json.loads(line)) for line in whole[1:]]
-        text = "".join(whole) or head + "\n"
-        if text != "".join(lines):
-            path.write_text(text, encoding="utf-8")
-        return path.open("a", encoding="utf-8")
+        self.rows = [from_json(row) for row in lines[1:]]
+        return file
 
     @property
     def done(self) -> frozenset[str]:
@@ -65,27 +67,28 @@ class Journal:
     def add(self, rows: Sequence[Row]) -> None:
         """Append a block's rows."""
         self.rows.extend(rows)
-        self._file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        self._file.write("".join(json_line(asdict(row)) for row in rows))
         self._file.flush()
 
     def close(self) -> None:
         """Close the file, and let others into the folder; twice is as good as once."""
         if not self._file.closed:
             self._file.close()
-            os.close(self._folder)
+            self._lock.release()
 
 
-def _alone_in(folder: Path) -> int:
-    """Return an open file that keeps other runs out of a folder until it is closed."""
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+def _alone_in(folder: Path) -> BaseFileLock:
+    """Return a lock, held, that keeps other runs out of a folder until it is released."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK, is_singleton=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
+        lock.acquire(blocking=False)
+    except Timeout:
         raise ConfigError(
             f"{folder} is in use: another run writes its results there; wait until it has ended, "
             "or choose another folder with --out"
         ) from None
-    except OSError:  # a file system without locks: then it is up to the user
+    except (NotImplementedError, OSError):  # a file system without locks: then it is up to the user
         pass
-    return handle
+    return lock

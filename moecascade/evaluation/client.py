@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class Reply:
 async def chat(
     http: httpx.AsyncClient,
     model: str,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, str]],
     *,
     request_id: str,
     max_tokens: int,
@@ -59,12 +59,12 @@ async def chat(
     seed: int | None = None,
     xargs: Mapping[str, Any] | None = None,
 ) -> Reply:
-    """Send one user message and return the streamed answer with its times.
+    """Send a user message or a conversation and return the streamed answer with its times.
 
     Args:
         http: A client whose base URL is the server's.
         model: The name under which the server serves the model.
-        prompt: The message.
+        prompt: The message, or messages as the API has them.
         request_id: Becomes part of the request's name in the engine, so in the step log.
         max_tokens: The longest answer.
         temperature: 0 for greedy.
@@ -79,7 +79,7 @@ async def chat(
 
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "stream": True,

@@ -132,7 +132,7 @@ def read(path: Path) -> Results:
         ConfigError: There is no such file, or it is not of this schema.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a file that this version wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -64,7 +64,7 @@ async def warm_up(
                 await chat(
                     _client(servers, spec),
                     model,
-                    prompt.prompt,
+                    prompt.messages,
                     request_id=f"warm-up-{spec}-prompt-{i}",
                     max_tokens=settings.max_tokens,
                     temperature=settings.temperatures[i % len(settings.temperatures)],
@@ -105,7 +105,7 @@ async def send(
             reply = await chat(
                 _client(servers, block.policy),
                 model,
-                request.prompt.prompt,
+                request.prompt.messages,
                 request_id=request.id,
                 max_tokens=max_tokens,
                 temperature=block.temperature,
@@ -304,7 +304,7 @@ def model_facts(folder: str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8-sig"))
     wanted = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
     moe = ("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
     return {name: config[name] for name in (*wanted, *moe) if name in config}

@@ -87,12 +87,12 @@ class Flags:
         import yaml  # type: ignore[import-untyped]  # comes with vLLM
 
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(
                 f"--config {path}: {error.strerror}; give a YAML file that exists"
             ) from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {path}: not YAML ({error}); mend the file") from None
         if not isinstance(values, dict):
             raise ConfigError(f"--config {path}: not a mapping of flags to values; mend the file")

@@ -1,13 +1,28 @@
-"""Files that appear whole or not at all, and files that are read while they grow."""
+"""Files: JSON Lines are read and written here and nowhere else; files appear whole or not at all.
+
+What people have is taken as it is: a UTF-8 byte order mark at the head, packed by gzip, a JSON
+array in place of lines, and a last line that was cut because its writer was killed.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
+import mmap
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from moecascade.errors import ConfigError
+
+logger = logging.getLogger("moecascade")
+
+_GZIP = b"\x1f\x8b"  # what packed files begin with, whatever they are called
+_MARK = b"\xef\xbb\xbf"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -26,6 +41,83 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def json_line(value: Any) -> str:
+    """Return a value as a line of JSON Lines."""
+    return json.dumps(value, separators=(",", ":")) + "\n"
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a file of JSON Lines to append to; it is created with its folder where it is missing.
+
+    A last line that was cut is dropped, for what is appended to it would be lost with it.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and (size := path.stat().st_size):
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+        ):
+            whole = text.rfind(b"\n") + 1
+        if whole < size:
+            logger.warning("%s: its last line was cut; it is dropped", path)
+            os.truncate(path, whole)
+    return path.open("a", encoding="utf-8")
+
+
+def records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield what a file of JSON Lines, or of one JSON array, holds, each with its place in words.
+
+    A last line that was cut is left out, with a warning that names it, where others came before.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not JSON in UTF-8; names file and line.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            packed = file.read(len(_GZIP)) == _GZIP
+        with gzip.open(path) if packed else Path(path).open("rb") as file:
+            first = True
+            for number, line in enumerate(file, 1):
+                if not (said := line.removeprefix(_MARK).strip()):
+                    continue
+                if first and said.startswith(b"["):
+                    yield from _of_array(line + file.read(), path)
+                    return
+                place = f"{path}, line {number}"
+                try:
+                    row = _parsed(line, place)
+                except ConfigError:
+                    if line.endswith(b"\n") or first:
+                        raise
+                    logger.warning("%s: it was cut; what comes before it is used", place)
+                    return
+                first = False
+                yield place, row
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {str(path)!r}: {reason}; give a JSON Lines file") from None
+
+
+def _of_array(text: bytes, path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of an array; they have no lines of their own, so they are counted."""
+    for number, row in enumerate(_parsed(text, str(path)), 1):
+        yield f"{path}, record {number}", row
+
+
+def _parsed(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text.removeprefix(_MARK).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{place}: not UTF-8 (byte {error.object[error.start]:#x}); convert the file"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: not JSON ({error}); mend or remove it") from None
+
+
 class Tail:
     """Reads JSON Lines that are still being written.
 
@@ -37,9 +129,14 @@ class Tail:
         """Begin at the file's beginning."""
         self._path = Path(path)
         self._at = 0
+        self._lines = 0
 
     def __call__(self) -> Iterator[Any]:
-        """Yield what was written since the last call; a line that is not whole yet is left."""
+        """Yield what was written since the last call; a line that is not whole yet is left.
+
+        Raises:
+            ConfigError: A whole line is not JSON in UTF-8; names file and line.
+        """
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -48,4 +145,5 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return
                 self._at += len(line)
-                yield json.loads(line)
+                self._lines += 1
+                yield _parsed(line, f"{self._path}, line {self._lines}")

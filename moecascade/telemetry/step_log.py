@@ -12,13 +12,13 @@ What a policy expected of the step follows where it says so (`EXPECTED`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from moecascade.core.step import Decision, Step
-from moecascade.telemetry.files import Tail
+from moecascade.errors import ConfigError
+from moecascade.telemetry.files import Tail, json_line, open_to_append, records
 
 SCHEMA = "moecascade.steps/1"
 
@@ -40,9 +40,7 @@ class StepLog:
 
     def __init__(self, path: str | Path) -> None:
         """Open the file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file: TextIO = open_to_append(Path(path))
         self._step = 0
 
     def write(
@@ -91,7 +89,7 @@ class StepLog:
             "controller": controller,
             "handover": handover,
         }
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(json_line(line))
         self._step += 1
 
     def flush(self) -> None:
@@ -119,21 +117,25 @@ class Reader:
         """Yield the steps since the last call; a line that is still being written is left out.
 
         Raises:
-            ValueError: A whole line is not a step of this schema.
+            ConfigError: A whole line is not a step of this schema.
         """
         for step in self._tail():
-            if not isinstance(step, dict) or step.get("schema") != SCHEMA:
-                raise ValueError(f"{self._path}: not a step log of schema {SCHEMA!r}: {step!r:.80}")
-            yield step
+            yield _checked(step, str(self._path))
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a log.
+    """Yield the steps of a log; a last line that was cut is left out with a warning.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A whole line is not a step of this schema.
+        ConfigError: There is no such file, or a whole line is not a step of this schema.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(path)
-    return Reader(path)()
+    for place, step in records(path):
+        yield _checked(step, place)
+
+
+def _checked(step: Any, place: str) -> dict[str, Any]:
+    if not isinstance(step, dict) or step.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{place}: not a step ({step!r:.80}); a line is a JSON object of schema {SCHEMA!r}"
+        )
+    return step

@@ -12,7 +12,6 @@ keys are allowed and ignored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,12 @@ from typing import Any, TextIO
 
 from moecascade.core.step import Step
 from moecascade.errors import ConfigError
+from moecascade.telemetry.files import json_line, open_to_append, records
 
-FORM = "a line is a JSON object with id, task, prompt_token_ids, output_token_ids"
+KEYS = ("id", "task", "prompt_token_ids", "output_token_ids")
+FORM = f"a line is a JSON object with {', '.join(KEYS)}"
+TOKEN_LIMIT = 2**31
+"""Token ids are below it: vLLM keeps them in signed 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,35 +44,6 @@ class Trace:
     output: tuple[int, ...]
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects in a file of JSON Lines, each with the number of its line.
-
-    Raises:
-        ConfigError: The file cannot be read, or a line is not a JSON object.
-    """
-    try:
-        lines = (
-            Path(path).read_text(encoding="utf-8").split("\n")
-        )  # strings may hold other line ends
-    except OSError as error:
-        raise ConfigError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"cannot read trace {str(path)!r}: not UTF-8 at byte {error.start}; unpack it if it is "
-            "packed"
-        ) from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not a trace ({error}); {FORM}") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number}: not a trace ({row!r:.40}); {FORM}")
-        yield number, row
-
-
 def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
     """Yield the requests of trace files, without those that say nothing.
 
@@ -77,25 +51,38 @@ def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
         ConfigError: A file cannot be read, or a line is not a trace; names file and line.
     """
     for path in paths:
-        for number, row in read_lines(path):
-            if row.get("output_token_ids", row) is None:
-                raise ConfigError(
-                    f"{path}, line {number}: recorded without token ids, so it cannot be "
-                    "replayed; record with trace_tokens on, or with 'moecascade record'"
-                )
-            try:
-                trace = Trace(
-                    str(row["id"]),
-                    str(row["task"]),
-                    tuple(int(token) for token in row["prompt_token_ids"]),
-                    tuple(int(token) for token in row["output_token_ids"]),
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not a trace ({error!r}); {FORM}"
-                ) from None
+        for place, row in records(path):
+            trace = _trace(row, place)
             if trace.output:
                 yield trace
+
+
+def _trace(row: Any, place: str) -> Trace:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{place}: not a trace ({row!r:.40}); {FORM}")
+    if missing := [key for key in KEYS if key not in row]:
+        raise ConfigError(f"{place}: not a trace, it has no {', '.join(missing)}; {FORM}")
+    if row["output_token_ids"] is None:
+        raise ConfigError(
+            f"{place}: recorded without token ids, so it cannot be replayed; record with "
+            "trace_tokens on, or with 'moecascade record'"
+        )
+    prompt, output = (_tokens(row, key, place) for key in KEYS[2:])
+    return Trace(str(row["id"]), str(row["task"]), prompt, output)
+
+
+def _tokens(row: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
+    """Return the token ids under a key; ConfigError where one cannot be one."""
+    tokens = row[key]
+    if not isinstance(tokens, list):
+        raise ConfigError(f"{place}: {key} is {tokens!r:.40}; it must be a list of token ids")
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < TOKEN_LIMIT:
+            raise ConfigError(
+                f"{place}: {key} holds {token!r:.40}; a token id is a whole number from 0 to "
+                f"{TOKEN_LIMIT - 1}; record the trace again"
+            )
+    return tuple(tokens)
 
 
 @dataclass(slots=True)
@@ -123,9 +110,7 @@ class TraceLog:
 
     def __init__(self, path: str | Path, tokens: bool) -> None:
         """Open the file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file: TextIO = open_to_append(Path(path))
         self._tokens = tokens
         self._open: dict[str, _Open] = {}
 
@@ -160,7 +145,7 @@ class TraceLog:
             "output_token_ids": request.output if self._tokens else None,
             "steps": request.steps,
         }
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(json_line(line))
 
     def flush(self) -> None:
         """Hand what was written to the operating system."""
