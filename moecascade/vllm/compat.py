@@ -57,12 +57,20 @@ def prompt_tokens(request: Request) -> Sequence[int]:
 
 
 def room(request: Request) -> int:
-    """Return how many drafts a request can still use: with none, a step gives the last token.
+    """Return how many drafts may be verified for a request: see the two limits.
 
-    vLLM verifies what lies beyond `max_tokens` and drops it.
+    * `max_tokens`: vLLM verifies what lies beyond it and drops it; with no draft at all a step
+      gives the last token.
+    * `min_tokens`: vLLM 0.32's first runner bars stop tokens from the target's own token after a
+      draft by the tokens that are out before the draft, so a draft that reaches `min_tokens` would
+      put off an end that was due (`MinTokensLogitsProcessor.apply`).
     """
-    left: int = request.max_tokens - request.num_output_tokens - 1
-    return max(0, left)
+    out: int = request.num_output_tokens
+    limits = [request.max_tokens]
+    params = request.sampling_params
+    if params is not None and params.min_tokens > out:
+        limits.append(params.min_tokens)
+    return max(0, min(limits) - out - 1)
 
 
 def emitted(output: ModelRunnerOutput, request_id: str) -> Sequence[int]:
