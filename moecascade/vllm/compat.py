@@ -66,7 +66,7 @@ def room(request: Request) -> int:
       put off an end that was due (`MinTokensLogitsProcessor.apply`).
     """
     out: int = request.num_output_tokens
-    limits = [request.max_tokens]
+    limits: list[int] = [request.max_tokens]
     params = request.sampling_params
     if params is not None and params.min_tokens > out:
         limits.append(params.min_tokens)
