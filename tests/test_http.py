@@ -92,6 +92,20 @@ def test_a_body_in_pieces_is_read_whole_and_passed_whole(client: TestClient) -> 
     assert client.post("/v1/completions", content=pieces(bad), headers=JSON).status_code == 400
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_bad_option_is_found_however_its_key_is_written(
+    client: TestClient, encoding: str
+) -> None:
+    escaped = "".join(f"\\u{ord(sign):04x}" for sign in "cascade_policy")
+    for key in ("cascade_policy", "\\u0063ascade_policy", "cascade\\u005Fpolicy", escaped):
+        bad = f'{{"vllm_xargs": {{"{key}": "no-such"}}}}'.encode(encoding)
+        answer = client.post("/v1/completions", content=bad, headers=JSON)
+        assert answer.status_code == 400
+        assert "'no-such'" in answer.json()["error"]["message"]
+        good = f'{{"vllm_xargs": {{"{key}": "off"}}}}'.encode(encoding)
+        assert client.post("/v1/completions", content=good, headers=JSON).content == good
+
+
 def test_json_is_known_however_it_is_written(client: TestClient) -> None:
     body = b'{"vllm_xargs": {"cascade_policy": "no-such"}}'
     for kind in ("Application/JSON", "application/vnd.api+json"):

@@ -19,7 +19,8 @@ from moecascade.vllm import support
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_MARK = REQUEST_PREFIX.encode()
+_SIGNS = (REQUEST_PREFIX.encode(), b"\\u00", b"\0")
+"""A body without any of these holds no key of ours: not as it is, not escaped, not in UTF-16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ class ValidateOptions:
             await self._app(scope, receive, send)  # audio, images: nothing of ours
             return
         messages, body = await _read(receive)
-        problem = _problem(body, self._known(scope)) if _MARK in body else None
-        if problem is not None:
+        concerned = any(sign in body for sign in _SIGNS)  # to read all twice would cost time
+        if concerned and (problem := _problem(body, self._known(scope))) is not None:
             await _refuse(send, problem)
             return
 
