@@ -69,7 +69,7 @@ def written(rng: random.Random) -> list[int]:
 def microseconds(spec: str, batch: int) -> float:
     """Return the median time per request and step of a controller under load."""
     rng = random.Random(0)
-    controller = Controller(ServerOptions(policy=spec), MAX_K, lambda _spec, fault: print(fault))
+    controller = Controller(ServerOptions(policy=spec), MAX_K, print)
     texts = [written(rng) for _ in range(8)]
     writers: dict[str, Writer] = {}
     begun = 0

@@ -6,6 +6,7 @@ python scripts/rule.py TRACES
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,13 +28,13 @@ class Watched(Marginal):
 
     name = "watched"
 
-    def decide(self, proposals: list[Proposal]) -> list[Decision]:  # type: ignore[override]
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Decide, and keep what led to it."""
         decisions = super().decide(proposals)
-        for proposal in proposals:
-            part = self.explain(proposal.request_id)
-            if len(part["survival"]) == self._max_k:
-                seen.append((part["k"], part["lambda"], part["survival"], part["costs"]))
+        for proposal, decision in zip(proposals, decisions, strict=True):
+            part = self.explain(proposal.request_id).parts
+            if len(part["survival"]) == self.max_k:
+                seen.append((decision.k, part["lambda"], part["survival"], part["costs"]))
         return decisions
 
 

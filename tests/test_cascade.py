@@ -166,7 +166,7 @@ def test_lookahead_is_never_below_the_next_decision() -> None:
         policy.add("r", 8)
         for i in range(500):
             (decision,) = policy.decide([Proposal("r")])
-            promised = policy.lookahead("r")
+            promised = policy.lookahead(["r"])
             part = RequestStep("r", decision.k, emitted(i, decision.k))
             policy.observe(Step(HOPELESS(i, decision.k) * BASE, True, (part,)))
             assert policy.decide([Proposal("r")])[0].k <= promised

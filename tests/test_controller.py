@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,28 +18,18 @@ from moecascade.core.options import (
     server_options,
     what_is_right,
 )
-from moecascade.core.step import Decision, Proposal, RequestStep, Step
+from moecascade.core.step import Decision, Expectation, Proposal, RequestStep, Step
 from moecascade.errors import ConfigError
-from moecascade.policies import create, register
+from moecascade.policies import Policy, create, register
 
 
-@dataclass(frozen=True)
-class Nothing:
-    pass
-
-
-class Faulty:
+class Faulty(Policy):
     """Decides well until told to fail."""
 
-    name: ClassVar[str] = "faulty"
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[Nothing]] = Nothing
-    learns: ClassVar[bool] = False
+    name = "faulty"
     fail_in: ClassVar[str] = ""
-    k: ClassVar[int] = 2
-
-    def __init__(self, settings: Nothing, max_k: int) -> None:
-        pass
+    k: ClassVar[Any] = 2
+    says: ClassVar[Any] = Expectation(1.5, 3.0, 0.02)
 
     def _fail(self, where: str) -> None:
         if where == self.fail_in:
@@ -59,25 +48,26 @@ class Faulty:
     def observe(self, step: Step) -> None:
         self._fail("observe")
 
-    def lookahead(self, request_id: str) -> int:
+    def lookahead(self, request_ids: Sequence[str]) -> int:
         self._fail("lookahead")
-        return self.k
+        return self.k  # type: ignore[no-any-return]
 
-    def explain(self, request_id: str) -> Mapping[str, Any]:
+    def explain(self, request_id: str) -> Expectation | None:
         self._fail("explain")
-        return {}
+        return self.says  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Faulty]]:
     monkeypatch.setattr(registry, "_REGISTRY", dict(policies.classes()))
-    yield register(Faulty)  # type: ignore[misc]
-    Faulty.fail_in, Faulty.k = "", 2
+    fail_in, k, says = Faulty.fail_in, Faulty.k, Faulty.says
+    yield register(Faulty)
+    Faulty.fail_in, Faulty.k, Faulty.says = fail_in, k, says
 
 
 def controller(policy: str = "static:3") -> tuple[Controller, list[str]]:
     faults: list[str] = []
-    made = Controller(ServerOptions(policy=policy), 8, lambda spec, _fault: faults.append(spec))
+    made = Controller(ServerOptions(policy=policy), 8, lambda what, _how: faults.append(what))
     return made, faults
 
 
@@ -107,15 +97,45 @@ def test_each_request_is_decided_for_by_its_own_policy() -> None:
     assert c.lookahead(["a", "b"]) == 3
 
 
-def test_a_policy_that_cannot_explain_itself_decides_all_the_same(faulty: type[Faulty]) -> None:
+def test_decisions_say_what_is_expected_of_them_only_where_that_is_asked(
+    faulty: type[Faulty],
+) -> None:
+    c, _ = controller()
+    c.add("says", RequestOptions(policy="faulty"))
+    c.add("does not", RequestOptions())
+    proposals = [Proposal("says"), Proposal("does not")]
+    asked = c.decide(proposals, explain=True)
+    assert asked["says"].expected == faulty.says
+    assert asked["does not"].expected is None
+    faulty.fail_in = "explain"  # it is not even called
+    assert all(d.expected is None for d in c.decide(proposals).values())
+
+
+@pytest.mark.parametrize("broken", [{"fail_in": "explain"}, {"says": {"utility": 1.0}}])
+def test_a_policy_that_cannot_explain_itself_decides_all_the_same(
+    faulty: type[Faulty], broken: dict[str, Any]
+) -> None:
+    for name, value in broken.items():
+        setattr(faulty, name, value)
     c, faults = controller()
-    faulty.fail_in = "explain"
     c.add("bad", RequestOptions(policy="faulty"))
-    decide(c, ["bad"])
-    with pytest.raises(RuntimeError):
-        c.explain("bad")
-    assert ks(decide(c, ["bad"])) == {"bad": 2}
-    assert faults == []
+    for _ in range(2):
+        decision = c.decide([Proposal("bad")], explain=True)["bad"]
+        assert (decision.k, decision.expected) == (2, None)
+    assert faults == ["explanation of policy 'faulty'"] * 2
+
+
+def test_a_request_s_cap_holds_whatever_its_policy_says(faulty: type[Faulty]) -> None:
+    c, faults = controller("faulty")
+    c.add("capped", RequestOptions(max_k=1))
+    assert c.lookahead(["capped"]) == 1
+    c.add("free", RequestOptions())
+    assert ks(decide(c, ["free", "capped"])) == {"free": 2, "capped": 1}
+    assert c.lookahead(["capped", "free"]) == 2
+    c.drop("capped")
+    c.add("capped", RequestOptions())  # the name again, without a cap
+    assert ks(decide(c, ["capped"])) == {"capped": 2}
+    assert not faults
 
 
 @pytest.mark.parametrize("where", ["add", "decide", "observe", "lookahead"])
@@ -130,7 +150,7 @@ def test_a_policy_that_raises_costs_only_its_own_requests_their_drafts(
     c.observe(step("good", "bad"))
     c.lookahead(["good", "bad"])
     assert ks(decide(c, ["good", "bad"])) == {"good": 3, "bad": 0}
-    assert faults == ["faulty"]
+    assert faults == ["policy 'faulty'"]
     c.drop("good")
     c.drop("bad")
     assert len(c) == 0
@@ -141,7 +161,7 @@ def test_a_request_ends_whatever_its_policy_does(faulty: type[Faulty]) -> None:
     c.add("bad", RequestOptions(policy="faulty"))
     faulty.fail_in = "drop"
     c.drop("bad")
-    assert faults == ["faulty"]
+    assert faults == ["policy 'faulty'"]
     assert len(c) == 0
 
 
@@ -151,18 +171,18 @@ def test_a_decision_that_is_no_draft_length_is_a_fault(faulty: type[Faulty], k: 
     c, faults = controller("faulty")
     c.add("r", RequestOptions())
     assert ks(decide(c, ["r"])) == {"r": 0}
-    assert faults == ["faulty"]
+    assert faults == ["policy 'faulty'"]
 
 
 def test_whole_numbers_of_any_kind_are_decisions(faulty: type[Faulty]) -> None:
-    faulty.k = np.int64(3)  # type: ignore[assignment]
+    faulty.k = np.int64(3)
     c, faults = controller("faulty")
     c.add("r", RequestOptions())
     assert [(d.k, type(d.k)) for d in decide(c, ["r"]).values()] == [(3, int)]
     assert c.lookahead(["r"]) == 3
-    faulty.k = 2.5  # type: ignore[assignment]
+    faulty.k = 2.5
     assert c.lookahead(["r"]) == 0
-    assert faults == ["faulty"]
+    assert faults == ["policy 'faulty'"]
 
 
 @pytest.mark.parametrize("answered", ["", "a", "aab", "ba", "abc"])
@@ -176,7 +196,7 @@ def test_decisions_for_other_requests_than_asked_are_a_fault(
     for request_id in "ab":
         c.add(request_id, RequestOptions())
     assert ks(decide(c, ["a", "b"])) == {"a": 0, "b": 0}
-    assert faults == ["faulty"]
+    assert faults == ["policy 'faulty'"]
 
 
 def test_after_a_fault_new_requests_get_a_fresh_policy(faulty: type[Faulty]) -> None:
@@ -303,7 +323,7 @@ def test_of_options_that_are_partly_wrong_the_others_count() -> None:
 
 def test_a_spec_may_carry_settings() -> None:
     policy = policies.create("cascade[set_steps=32,backoff=1]", 8)
-    settings = policy._settings  # type: ignore[attr-defined]
+    settings = policy.settings
     assert (settings.set_steps, settings.backoff, settings.trial_steps) == (32, 1, 4)
     assert policies.parse("static:3") == ("static", "3", {})
     assert policies.split("off, cascade[backoff=1,set_steps=8],static:3") == [
@@ -336,12 +356,12 @@ def test_settings_in_a_spec_are_checked(spec: str, words: str) -> None:
 def test_what_is_known_of_the_model_reaches_policies_that_ask_and_yields_to_the_user() -> None:
     facts = {"experts": 64, "top_k": 8}
     options = ServerOptions(options={"marginal": {"top_k": 4}})
-    controller = Controller(options, 8, lambda spec, fault: None, facts)
+    controller = Controller(options, 8, lambda what, how: None, facts)
     controller.add("a", RequestOptions(policy="marginal"))
     controller.add("b", RequestOptions(policy="marginal[experts=16]"))
     controller.add("c", RequestOptions(policy="cascade"))
     found = {
-        spec: controller._groups[spec].policy._settings  # type: ignore[attr-defined]
+        spec: controller._groups[spec].policy.settings
         for spec in ("marginal", "marginal[experts=16]")
     }
     assert (found["marginal"].experts, found["marginal"].top_k) == (64, 4)
@@ -350,7 +370,7 @@ def test_what_is_known_of_the_model_reaches_policies_that_ask_and_yields_to_the_
 
 def test_requests_that_ask_for_ever_new_specs_do_not_fill_the_memory() -> None:
     server = ServerOptions()
-    controller = Controller(server, 8, lambda spec, fault: None)
+    controller = Controller(server, 8, lambda what, how: None)
     controller.add("stays", RequestOptions(policy="cascade[set_steps=7]"))
     for i in range(300):
         controller.add(f"r{i}", RequestOptions(policy=f"cascade[set_steps={100 + i}]"))
@@ -362,7 +382,7 @@ def test_requests_that_ask_for_ever_new_specs_do_not_fill_the_memory() -> None:
 
 
 def test_where_all_policies_that_are_kept_are_in_use_one_more_is_refused() -> None:
-    controller = Controller(ServerOptions(), 8, lambda spec, fault: None)
+    controller = Controller(ServerOptions(), 8, lambda what, how: None)
     asked = [RequestOptions(policy=f"cascade[set_steps={100 + i}]") for i in range(MOST_SPECS)]
     for i, options in enumerate(asked[:-1]):
         controller.add(f"r{i}", options)

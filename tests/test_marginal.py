@@ -452,7 +452,7 @@ def served(
         name, chance = str(i), chances[i % len(chances)]
         output = [rng.randrange(5000) for _ in range(100)]
         policy.add(name, 5, [rng.randrange(50) for _ in range(50)])
-        drafted = policy.lookahead(name)
+        drafted = policy.lookahead([name])
         policy.observe(Step(None, False, (RequestStep(name, 0, 1, output[:1]),)))
         at = 1
         while at < len(output):
@@ -465,7 +465,7 @@ def served(
             while right < k and draft[right] == output[at + right]:
                 right += 1
             emitted = output[at : at + right + 1]
-            drafted = policy.lookahead(name)
+            drafted = policy.lookahead([name])
             passes = max(0, drafted - 1)
             cost = (1.0, 1.28, 1.55, 1.75, 1.95, 2.1)[k] + pass_cost * passes
             cost *= rng.lognormvariate(0, 0.03)
@@ -515,7 +515,7 @@ def test_a_batch_is_drafted_for_if_it_pays_for_all_together(crowd: int) -> None:
             text = [10 * i + j for j in range(5)]
             drafts = [text[:drafted] if j < good else [-1] * drafted for j in range(len(names))]
             ks = [d.k for d in policy.decide(list(map(Proposal, names, drafts)))]
-            drafted = max(policy.lookahead(name) for name in names)
+            drafted = policy.lookahead(names)
             passes = max(0, drafted - 1)
             emitted = [1 + k * (j < good) for j, k in enumerate(ks)]
             parts = tuple(
@@ -561,8 +561,10 @@ def test_what_is_said_of_a_request_that_missed_a_decision_is_of_its_own_last_ste
     assert decided.k > 0
     policy.decide([Proposal("b", [])])
     said = policy.explain("a")
-    assert said["k"] == decided.k
-    assert 0 < said["utility"] < 9
+    assert said is not None
+    assert said.utility is not None
+    assert 0 < said.utility < 9
+    assert said.tokens == 1 + sum(said.parts["survival"][: decided.k])
 
 
 def test_costs_are_the_more_certain_the_more_was_measured_there() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from moecascade import policies
 from moecascade.core import registry
 from moecascade.core.options import ServerOptions
 from moecascade.core.step import Decision, Proposal, Step
-from moecascade.policies import register
+from moecascade.policies import Policy, register
 from moecascade.telemetry import traces
 from tests.conftest import MAX_K, MAX_LEN, Engine
 
@@ -43,47 +42,24 @@ As JSON:""",
 ]
 
 
-@dataclass(frozen=True)
-class Nothing:
-    pass
+class RandomK(Policy):
+    """A test's policy: K at random, the same sequence in every run."""
 
+    name = "random"
 
-class RandomK:
-    """A test's policy: K at random, the same sequence in every run; it remembers what it chose."""
-
-    name: ClassVar[str] = "random"
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[Nothing]] = Nothing
-    learns: ClassVar[bool] = False
-
-    def __init__(self, settings: Nothing, max_k: int) -> None:
+    def __init__(self, settings: Any, max_k: int) -> None:
+        super().__init__(settings, max_k)
         self._random = random.Random(0)
-        self._max_k = max_k
-
-    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
-        pass
-
-    def drop(self, request_id: str) -> None:
-        pass
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
-        ks = [self._random.randint(0, self._max_k) for _ in proposals]
+        ks = [self._random.randint(0, self.max_k) for _ in proposals]
         return [Decision(p.request_id, k, "random") for p, k in zip(proposals, ks, strict=True)]
-
-    def observe(self, step: Step) -> None:
-        pass
-
-    def lookahead(self, request_id: str) -> int:
-        return self._max_k
-
-    def explain(self, request_id: str) -> Mapping[str, Any]:
-        return {}
 
 
 class Raises(RandomK):
     """A test's policy that works for some steps, then raises."""
 
-    name: ClassVar[str] = "raises"
+    name = "raises"
 
     def observe(self, step: Step) -> None:
         if self._random.random() < 0.2:
@@ -450,7 +426,7 @@ def test_traces_hold_what_was_said_and_how_it_was_made(engine: Engine) -> None:
 def test_the_models_experts_are_known_to_policies_that_ask(engine: Engine) -> None:
     engine.generate(PROMPTS[:1], policy("marginal"), max_tokens=2)
     group = engine.scheduler.controller._groups["marginal"]
-    assert (group.policy._settings.experts, group.policy._settings.top_k) == (8, 2)
+    assert (group.policy.settings.experts, group.policy.settings.top_k) == (8, 2)
 
 
 def test_the_log_says_what_was_expected_and_what_deciding_took(engine: Engine) -> None:

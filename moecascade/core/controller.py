@@ -7,7 +7,7 @@ fault is reported, the other policies do not notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +16,7 @@ from moecascade.core import registry
 from moecascade.core.options import RequestOptions, ServerOptions
 from moecascade.core.policy import Policy
 from moecascade.core.spec import parse
-from moecascade.core.step import Decision, Proposal, Step
+from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.errors import ConfigError
 
 MOST_SPECS = 32
@@ -24,6 +24,7 @@ MOST_SPECS = 32
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +42,7 @@ class Controller:
     Args:
         options: The server's configuration.
         max_k: The longest draft that the engine can verify.
-        on_fault: Told of each fault: the spec of the policy and what it raised.
+        on_fault: Told of each fault: what failed, and how and with what consequence.
         facts: What is known of the model, by the name of the setting in which policies take it
             (``experts``, ``top_k``). What the user configures comes first.
     """
@@ -50,7 +51,7 @@ class Controller:
         self,
         options: ServerOptions,
         max_k: int,
-        on_fault: Callable[[str, Exception], None],
+        on_fault: Callable[[str, str], None],
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Make the server's default policy, so that bad configuration shows now."""
@@ -60,6 +61,7 @@ class Controller:
         self._facts = facts or {}
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group | None] = {}
+        self._caps: dict[str, int] = {}  # of the requests that have one of their own
         self._group(options.policy)
 
     def __len__(self) -> int:
@@ -76,11 +78,14 @@ class Controller:
         group = self._group(asked.policy or self._options.policy)
         cap = self._max_k if asked.max_k is None else min(asked.max_k, self._max_k)
         self._group_of[request_id] = group
+        if cap < self._max_k:
+            self._caps[request_id] = cap
         group.members.add(request_id)
         self._guarded(group, group.policy.add, request_id, cap, prompt)
 
     def drop(self, request_id: str) -> None:
         """A request ended, however it ended: forget it. Unknown names are ignored."""
+        self._caps.pop(request_id, None)
         group = self._group_of.pop(request_id, None)
         if group is not None:
             group.members.discard(request_id)
@@ -93,29 +98,60 @@ class Controller:
             if group is not None:
                 self._guarded(group, group.policy.observe, step)
 
-    def decide(self, proposals: Sequence[Proposal]) -> dict[str, Decision]:
-        """Return the decision for the next step of each request; K = 0 for unknown ones."""
-        group_of = self._group_of.get
-        groups = [group_of(proposal.request_id) for proposal in proposals]
-        different = dict.fromkeys(groups)
+    def decide(self, proposals: Sequence[Proposal], explain: bool = False) -> dict[str, Decision]:
+        """Return the decision for the next step of each request; K = 0 for unknown ones.
+
+        Args:
+            proposals: What the drafter has for each.
+            explain: Whether decisions are to say what is expected of them. That takes time, and is
+                of use in logs only.
+        """
         decisions: dict[str, Decision] = {}
-        for group in different:
-            members = proposals
-            if len(different) > 1:
-                members = [p for p, of in zip(proposals, groups, strict=True) if of is group]
-            made = group and self._guarded(group, _decisions, group, members, self._max_k)
-            decisions |= made or {p.request_id: Decision(p.request_id, 0, "fault") for p in members}
+        for group, asked in self._by_group(proposals, [p.request_id for p in proposals]):
+            made = group and self._guarded(group, _decisions, group, asked, self._max_k)
+            if group and made and explain:
+                made = self._explained(group, made)
+            decisions |= made or {p.request_id: Decision(p.request_id, 0, "fault") for p in asked}
+        for request_id in self._caps.keys() & decisions.keys():
+            decision = decisions[request_id]
+            if decision.k > self._caps[request_id]:
+                decisions[request_id] = replace(decision, k=self._caps[request_id])
         return decisions
 
     def lookahead(self, request_ids: Sequence[str]) -> int:
         """Return the longest draft that any of these may want in the step after the next."""
         longest = 0
-        for request_id in request_ids:
-            group = self._group_of.get(request_id)
+        for group, asked in self._by_group(request_ids, request_ids):
             if group is not None:
-                k = self._guarded(group, _lookahead, group.policy, request_id)
-                longest = max(longest, min(k or 0, self._max_k))
+                k = self._guarded(group, _lookahead, group.policy, asked) or 0
+                allowed = max(self._caps.get(request_id, self._max_k) for request_id in asked)
+                longest = max(longest, min(k, allowed))
         return longest
+
+    def _by_group(
+        self, asked: Sequence[T], request_ids: Sequence[str]
+    ) -> Iterator[tuple[_Group | None, Sequence[T]]]:
+        """Yield the policies of requests, each with what is asked about those that are its own."""
+        group_of = self._group_of.get
+        groups = [group_of(request_id) for request_id in request_ids]
+        different = dict.fromkeys(groups)
+        for group in different:
+            if len(different) == 1:
+                yield group, asked
+            else:
+                yield group, [one for one, of in zip(asked, groups, strict=True) if of is group]
+
+    def _explained(self, group: _Group, decisions: dict[str, Decision]) -> dict[str, Decision]:
+        """Return decisions with what is expected of them; without where that cannot be said."""
+        try:
+            return {
+                request_id: replace(decision, expected=_expected(group.policy, decision))
+                for request_id, decision in decisions.items()
+            }
+        except Exception as fault:  # noqa: BLE001 -- a log is no reason to give up a policy
+            what = f"explanation of policy {group.spec!r}"
+            self._on_fault(what, f"{fault!r}; what it expects is not logged")
+            return decisions
 
     def settings_of(self, name: str) -> dict[str, Any]:
         """Return the settings of a policy that no spec says: see `ServerOptions.settings_of`."""
@@ -125,16 +161,6 @@ class Controller:
         """Return the spec of the policy that decides for a request, "" where none does."""
         group = self._group_of.get(request_id)
         return group.spec if group is not None else ""
-
-    def explain(self, request_id: str) -> Mapping[str, Any]:
-        """Return the parts of the request's last decision, empty where no policy decides.
-
-        For logs; what a policy raises here is the caller's, and does not retire it.
-        """
-        group = self._group_of.get(request_id)
-        if group is None:
-            return {}
-        return group.policy.explain(request_id) or {}
 
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)
@@ -170,7 +196,8 @@ class Controller:
                 self._group_of[member] = None
             group.members.clear()
             self._groups.pop(group.spec, None)
-            self._on_fault(group.spec, fault)
+            what = f"policy {group.spec!r}"
+            self._on_fault(what, f"{fault!r}; its requests go on without drafts")
             return None
 
 
@@ -188,6 +215,14 @@ def _decisions(group: _Group, proposals: Sequence[Proposal], max_k: int) -> dict
     return by_id
 
 
-def _lookahead(policy: Policy, request_id: str) -> int:
+def _lookahead(policy: Policy, request_ids: Sequence[str]) -> int:
     """Return how far the policy wants drafts; TypeError where it says no whole number."""
-    return index(policy.lookahead(request_id))
+    return index(policy.lookahead(request_ids))
+
+
+def _expected(policy: Policy, decision: Decision) -> Expectation | None:
+    """Return what the policy expects of a decision; TypeError where it says something else."""
+    expected: object = policy.explain(decision.request_id) or decision.expected
+    if expected is None or isinstance(expected, Expectation):
+        return expected
+    raise TypeError(f"explain returned {expected!r:.80}, not an Expectation or None")

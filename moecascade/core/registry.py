@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from moecascade.core.marginal.rule import Marginal
 from moecascade.core.peers.bandit import Bandit
@@ -21,22 +21,39 @@ from moecascade.core.peers.huggingface import HuggingFace
 from moecascade.core.peers.sglang_adaptive import SglangAdaptive
 from moecascade.core.peers.survival_budget import SurvivalBudget
 from moecascade.core.policies.cascade import Cascade
-from moecascade.core.policies.off import Off
-from moecascade.core.policies.static import Static
+from moecascade.core.policies.static import Off, Static
 from moecascade.core.policy import Policy
 from moecascade.core.settings import from_mapping
 from moecascade.core.spec import parse
 from moecascade.errors import ConfigError, nearest
 
 _REGISTRY: dict[str, type[Policy]] = {}
+_MEMBERS = ("name", *(member for member in vars(Policy) if not member.startswith("_")))
 
 ANY_K = sys.maxsize
 """`max_k` for checking a spec where the engine's longest draft is not known."""
 MOST_DIGITS = 9  # of an argument
 
 
-def register(policy: type[Policy]) -> type[Policy]:
-    """Add a policy class under its `name`; usable as a decorator. A later one replaces it."""
+C = TypeVar("C", bound=type[Any])
+
+
+def register(policy: C) -> C:
+    """Add a policy class under its `name`; usable as a decorator. A later one replaces it.
+
+    Args:
+        policy: A subclass of `Policy`, or a class that has all of its members.
+
+    Raises:
+        ConfigError: It lacks some of them; they are named.
+    """
+    missing = [member for member in _MEMBERS if not hasattr(policy, member)]
+    missing += sorted(getattr(policy, "__abstractmethods__", ()))
+    if missing:
+        raise ConfigError(
+            f"policy class {policy.__qualname__!r} lacks {', '.join(missing)}; derive it from "
+            "moecascade.Policy, then only 'name' and 'decide' are needed"
+        )
     _REGISTRY[policy.name] = policy
     return policy
 
@@ -109,4 +126,6 @@ def create(spec: str, max_k: int, options: Mapping[str, Any] | None = None) -> P
         values[policy.argument] = int(argument)
     elif argument is not None:
         raise ConfigError(f"policy {name!r} takes no argument, but got {spec!r}; write {name!r}")
-    return policy(from_mapping(policy.Settings, values, f"options of policy {name!r}"), max_k)
+    settings = from_mapping(policy.Settings, values, f"options of policy {name!r}")
+    policy.check(settings, max_k)
+    return policy(settings, max_k)

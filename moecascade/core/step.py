@@ -7,8 +7,9 @@ own. A *decision* is the draft length K that a request uses in the next step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,24 @@ class Proposal:
 
 
 @dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a policy expected of a decision when it made it.
+
+    Attributes:
+        utility: Speed-up over no speculation as the policy sees it: expected of the step
+            (`marginal`), or measured so far in the phase (`cascade`).
+        tokens: Tokens that the step is expected to give the request; None where nothing says so.
+        seconds: Time that the step is expected to take; likewise.
+        parts: What else led to the decision, by name; plain values, for plots and people.
+    """
+
+    utility: float | None = None
+    tokens: float | None = None
+    seconds: float | None = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The draft length for a request's next step.
 
@@ -78,8 +97,20 @@ class Decision:
         request_id: The engine's name for the request.
         k: Draft tokens to verify, 0 for none.
         why: The reason in a word or two ("test", "set", "baseline"), for logs and people.
+        expected: What the policy expected of it; None where nobody asked, or it does not say.
     """
 
     request_id: str
     k: int
     why: str
+    expected: Expectation | None = None
+
+
+def matching_prefix(draft: Sequence[int], tokens: Sequence[int]) -> int:
+    """Return how many tokens of a draft are right: those before the first that differs."""
+    right = 0
+    for drafted, token in zip(draft, tokens, strict=False):
+        if drafted != token:
+            break
+        right += 1
+    return right

@@ -7,7 +7,8 @@
 ``k`` is the draft length that was decided, ``drafted`` what the drafter had of it; see
 `core.step` for the other fields. ``controller`` is the time, in seconds, that decision and
 observation took, ``handover`` the time that the drafts took from vLLM's worker to its scheduler.
-What a policy expected of the step follows where it says so (`EXPECTED`).
+What the policy expected of the step when it decided follows where it says so: ``utility``,
+``expected_tokens``, ``expected_seconds``, see `core.step.Expectation`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from moecascade.core.step import Decision, Step
+from moecascade.core.step import Decision, Expectation, Step
 from moecascade.errors import ConfigError
 from moecascade.telemetry.files import Tail, json_line, open_to_append, records
 
 SCHEMA = "moecascade.steps/1"
-
-EXPECTED = ("utility", "expected_tokens", "expected_seconds")
-"""Entries of a policy's explanation that the log keeps: utility as the policy sees it (`marginal`:
-expected of this step; `cascade`: measured so far in the phase), the tokens that the step is
-expected to give the request, and the time that it is expected to take."""
 
 
 class StepLog:
@@ -48,7 +44,6 @@ class StepLog:
         step: Step,
         decisions: Mapping[str, Decision],
         policy_of: Mapping[str, str],
-        explained: Mapping[str, Mapping[str, Any]],
         controller: float,
         handover: float,
     ) -> None:
@@ -58,7 +53,6 @@ class StepLog:
             step: What it did.
             decisions: Those in force during it, by request.
             policy_of: The specs of the policies that made them.
-            explained: What the policies said of them.
             controller: Seconds that deciding took.
             handover: Seconds that the drafts took to get here.
         """
@@ -73,11 +67,7 @@ class StepLog:
                     "why": decision.why if decision else "",
                     "drafted": part.drafted,
                     "emitted": part.emitted,
-                    **{
-                        key: value
-                        for key in EXPECTED
-                        if (value := explained.get(part.request_id, {}).get(key)) is not None
-                    },
+                    **_expected(decision.expected if decision else None),
                 }
             )
         line = {
@@ -99,6 +89,18 @@ class StepLog:
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
+
+
+def _expected(said: Expectation | None) -> dict[str, float]:
+    """Return the entries of a row for what a policy expected."""
+    if said is None:
+        return {}
+    found = {
+        "utility": said.utility,
+        "expected_tokens": said.tokens,
+        "expected_seconds": said.seconds,
+    }
+    return {key: float(value) for key, value in found.items() if value is not None}
 
 
 class Reader:

@@ -79,7 +79,7 @@ class Scheduler(VllmScheduler):
         self._decisions: dict[str, Decision] = {}  # the last one of each request
         self._ended: list[str] = []  # requests that ended, but may be in the step under way
         self.cascade_faults: Counter[str] = Counter()
-        self.controller = Controller(self._options, self._max_k, self._policy_fault, facts)
+        self.controller = Controller(self._options, self._max_k, self._report, facts)
         self._controller_seconds = 0.0  # spent since the last step was observed
         self._handover_seconds = 0.0  # waited for drafts since then
         self._updated: float | None = None  # when the last step had been processed
@@ -111,7 +111,9 @@ class Scheduler(VllmScheduler):
         output = super().schedule(*args, **kwargs)
         self._safely(compat.ask_for_drafts, output)
         if self._drafts_cost:
+            began = time.perf_counter()
             k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
+            self._controller_seconds += time.perf_counter() - began
             compat.limit_drafting(output, k or 0)
         return output
 
@@ -221,7 +223,6 @@ class Scheduler(VllmScheduler):
             step,
             self._decisions,
             {request_id: self.controller.spec(request_id) for request_id in ids},
-            {id_: self._safely(self.controller.explain, id_) or {} for id_ in ids},
             self._controller_seconds,
             self._handover_seconds,
         )
@@ -242,7 +243,7 @@ class Scheduler(VllmScheduler):
             request = self.requests.get(request_id)
             if request is not None and not request.is_prefill_chunk and not request.is_finished():
                 proposals.append(Proposal(request_id, self._usable(tokens, request)))
-        decided = self.controller.decide(proposals)
+        decided = self.controller.decide(proposals, explain=self._step_log is not None)
         self._decisions.update(decided)
         drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
         for proposal in proposals:
@@ -279,9 +280,6 @@ class Scheduler(VllmScheduler):
         except Exception as fault:  # noqa: BLE001 -- the engine must go on
             self._report(log, f"{fault!r}; going on without this log")
             setattr(self, f"_{log}", None)
-
-    def _policy_fault(self, spec: str, fault: Exception) -> None:
-        self._report(f"policy {spec!r}", f"{fault!r}; its requests go on without drafts")
 
     def _report(self, what: str, message: str) -> None:
         """Count a fault; log the first of its kind."""

@@ -26,9 +26,8 @@ not; `draft_length` says how many are worth it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,7 +37,8 @@ from moecascade.core.marginal.allocation import Rate, admitted, by_state
 from moecascade.core.marginal.context import Text
 from moecascade.core.marginal.draft_length import Drafting
 from moecascade.core.marginal.recent import FIRST, History
-from moecascade.core.step import Decision, Proposal, Step
+from moecascade.core.policy import Policy
+from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.core.utility import cost_share
 from moecascade.errors import ConfigError
 
@@ -104,18 +104,16 @@ class _Request:
     draft: Sequence[int] = ()  # the latest, while history judges
 
 
-class Marginal:
+class Marginal(Policy):
     """The marginal rule on predicted acceptance and measured cost, step by step."""
 
-    name: ClassVar[str] = "marginal"
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[MarginalSettings]] = MarginalSettings
-    learns: ClassVar[bool] = True
+    name = "marginal"
+    Settings = MarginalSettings
+    learns = True
+    settings: MarginalSettings
 
     def __init__(self, settings: MarginalSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`."""
-        self._settings = settings
-        self._max_k = max_k
+        super().__init__(settings, max_k)
         self._keep = 1.0 - 1.0 / settings.rate_memory
         self._requests: dict[str, _Request] = {}
         self._acceptance = Acceptance()
@@ -129,16 +127,16 @@ class Marginal:
         self._decided: list[_Request] = []  # ours among them
         self._drafting: Drafting | None = None  # made for the first model drafter
         self._ahead = 0  # tokens that it is to draft, and
-        self._ahead_for = 0  # steps for which that was decided
+        self._ahead_for = 0  # decisions for which that still holds
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Keep the prompt; expect the rate of all requests."""
-        general, memory = self._rate.value, self._settings.rate_memory
+        general, memory = self._rate.value, self.settings.rate_memory
         self._requests[request_id] = _Request(
-            min(max_k, self._max_k),
+            min(max_k, self.max_k),
             Record(Text(prompt)),
             Rate(general * memory, memory),
-            [Decision(request_id, k, self.name) for k in range(self._max_k + 1)],
+            [Decision(request_id, k, self.name) for k in range(self.max_k + 1)],
         )
 
     def drop(self, request_id: str) -> None:
@@ -148,7 +146,7 @@ class Marginal:
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
         requests = [self._requests[p.request_id] for p in proposals]
-        crowded = len(proposals) > self._settings.crowd
+        crowded = len(proposals) > self.settings.crowd
         if crowded and not self._crowded:
             for r in self._requests.values():
                 r.record.shadow = None  # nobody will score it
@@ -166,7 +164,7 @@ class Marginal:
     def _by_text(self, proposals: Sequence[Proposal], requests: Sequence[_Request]) -> list[int]:
         """Return the K of each request, its drafts judged by its text, paid at its own lambda."""
         n = len(proposals) + self._others
-        costs = self._costs.listed(n, len(requests) * self._max_k)
+        costs = self._costs.listed(n, len(requests) * self.max_k)
         worths: list[float] = []
         owners: list[_Request] = []
         for proposal, r in zip(proposals, requests, strict=True):
@@ -190,7 +188,7 @@ class Marginal:
 
         The same rule as above. Requests in one state are worth the same.
         """
-        n, width = len(proposals) + self._others, self._max_k
+        n, width = len(proposals) + self._others, self.max_k
         lengths, states = [], []
         for p, r in zip(proposals, requests, strict=True):
             draft = r.draft = p.tokens
@@ -266,24 +264,25 @@ class Marginal:
             n: Requests in the batch.
             costs: Of 0, 1, ... drafts in it.
         """
-        bearable = 1.0 + (self._settings.most_lost * max(SHORTEST, r.tokens) - r.lost) / n
+        bearable = 1.0 + (self.settings.most_lost * max(SHORTEST, r.tokens) - r.lost) / n
         k = r.max_k
         while k and costs[k] > bearable:
             k -= 1
         return k
 
-    def lookahead(self, request_id: str) -> int:
+    def lookahead(self, request_ids: Sequence[str]) -> int:
         """Return how far to draft for the whole batch; see `Drafting`."""
         if self._drafting is None:
-            self._drafting = Drafting(self._max_k)
+            self._drafting = Drafting(self.max_k)
         if self._ahead_for <= 0:
             self._ahead_for = CROWD_LOOKS if self._crowded else 1
             self._ahead = self._draft_length(self._drafting)
-        return min(self._ahead, self._requests[request_id].max_k)
+        most = max([self._requests[request_id].max_k for request_id in request_ids], default=0)
+        return min(self._ahead, most)
 
     def _draft_length(self, drafting: Drafting) -> int:
         n, _ = self._batch
-        width = self._max_k
+        width = self.max_k
         if self._crowded and self._history is not None:
             requests = self._decided
             worth = self._history.survival([r.state for r in requests]) / self._batch_rate.value
@@ -305,8 +304,8 @@ class Marginal:
             return chances
         return r.survival
 
-    def explain(self, request_id: str) -> Mapping[str, Any]:
-        """Return K, what is expected of the step, lambda, survival, and the cost of each K."""
+    def explain(self, request_id: str) -> Expectation:
+        """Return what is expected of the step; lambda, survival, and the cost of each K."""
         r = self._requests[request_id]
         survival = self._survival(r)
         tokens = 1.0 + sum(survival[: r.k])
@@ -314,13 +313,10 @@ class Marginal:
         passes = max(0, self._ahead - 1)
         cost = self._costs.cost(n, drafts) + passes * self._costs.pass_cost(n)
         cost = cost_share(cost, 1.0, n, r.k, drafts)
-        return {
-            "k": r.k,
-            "utility": tokens / cost,
-            "expected_tokens": tokens,
-            "expected_seconds": self._costs.seconds(n + drafts, passes),
+        parts = {
             "lambda": self._batch_rate.value if self._crowded else r.rate.value,
             "lost": r.lost,
             "survival": list(survival),
-            "costs": self._costs.costs(n, self._max_k)[: self._max_k + 1].tolist(),
+            "costs": self._costs.costs(n, self.max_k)[: self.max_k + 1].tolist(),
         }
+        return Expectation(tokens / cost, tokens, self._costs.seconds(n + drafts, passes), parts)

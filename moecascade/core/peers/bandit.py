@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, sqrt
-from typing import ClassVar
 
 from moecascade.core.peers.uniform import OneForAll
 from moecascade.core.step import RequestStep
@@ -65,21 +64,20 @@ class _Arm:
 class Bandit(OneForAll):
     """One K for the batch, by UCB."""
 
-    name: ClassVar[str] = "bandit"  # type: ignore[misc]
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[BanditSettings]] = BanditSettings
-    learns: ClassVar[bool] = True
+    name = "bandit"
+    Settings = BanditSettings
+    learns = True
+    settings: BanditSettings
 
     def __init__(self, settings: BanditSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`. Arms above `max_k` are left out."""
-        super().__init__(max_k)
-        self._settings = settings
+        """Begin without evidence; arms above `max_k` are left out."""
+        super().__init__(settings, max_k)
         last = min(settings.last_arm, max_k)
         self._arms = [_Arm(k) for k in range(min(settings.first_arm, last), last + 1)]
 
     def chosen(self, requests: int) -> int:
         """Return the K of the arm to pull."""
-        few = [arm for arm in self._arms if arm.pulls < self._settings.rounds]
+        few = [arm for arm in self._arms if arm.pulls < self.settings.rounds]
         if few:
             return min(few, key=lambda arm: (arm.pulls, arm.k)).k
         total = sum(arm.pulls for arm in self._arms)
@@ -87,7 +85,7 @@ class Bandit(OneForAll):
 
         def bound(arm: _Arm) -> float:
             reward = arm.tokens / arm.seconds * unit
-            return reward + sqrt(self._settings.exploration * log(total) / arm.pulls)
+            return reward + sqrt(self.settings.exploration * log(total) / arm.pulls)
 
         return max(self._arms, key=bound).k
 

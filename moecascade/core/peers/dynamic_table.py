@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from moecascade.core.peers.uniform import OneForAll
 from moecascade.core.step import RequestStep
@@ -55,14 +55,12 @@ class TableSettings:
 class DynamicTable(OneForAll):
     """One K for the batch, looked up."""
 
-    name: ClassVar[str] = "dynamic-table"  # type: ignore[misc]
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[TableSettings]] = TableSettings
-    learns: ClassVar[bool] = False
+    name = "dynamic-table"
+    Settings = TableSettings
+    settings: TableSettings
 
     def __init__(self, settings: TableSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`."""
-        super().__init__(max_k)
+        super().__init__(settings, max_k)
         self._table = tuple(settings.table)
 
     def chosen(self, requests: int) -> int:
@@ -72,9 +70,9 @@ class DynamicTable(OneForAll):
     def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
         """Nothing to learn: the table says it all."""
 
-    def lookahead(self, request_id: str) -> int:
+    def lookahead(self, request_ids: Sequence[str]) -> int:
         """Return the K of the step under way; it changes with the batch only."""
-        return min(self._k, self._cap[request_id])
+        return self._k
 
 
 def tuned(measured: Mapping[tuple[int, int], float]) -> list[tuple[int, int, int]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -56,14 +55,13 @@ def expected_tokens(rate: float, k: int) -> float:
 class Goodput(OneForAll):
     """One K for the batch, from a rate and a line."""
 
-    name: ClassVar[str] = "goodput"  # type: ignore[misc]
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[GoodputSettings]] = GoodputSettings
-    learns: ClassVar[bool] = True
+    name = "goodput"
+    Settings = GoodputSettings
+    learns = True
+    settings: GoodputSettings
 
     def __init__(self, settings: GoodputSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`."""
-        super().__init__(max_k)
+        super().__init__(settings, max_k)
         self._keep = 1.0 - 1.0 / settings.memory
         self._accepted = settings.first_rate
         self._compared = 1.0
@@ -89,7 +87,7 @@ class Goodput(OneForAll):
             seconds = max(start + slope * requests * (k + 1), 1e-9)
             return requests * expected_tokens(self.rate, k) / seconds
 
-        return max(range(self._max_k + 1), key=goodput)
+        return max(range(self.max_k + 1), key=goodput)
 
     def learn(self, parts: Sequence[RequestStep], seconds: float | None) -> None:
         """Update rate and line."""

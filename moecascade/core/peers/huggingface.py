@@ -10,10 +10,10 @@ nothing here. As K is capped by the engine's longest draft, so is the value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
+from moecascade.core.policy import Policy
 from moecascade.core.step import Decision, Proposal, Step
 from moecascade.errors import ConfigError
 
@@ -38,31 +38,28 @@ class HuggingFaceSettings:
             )
 
 
-class HuggingFace:
+class HuggingFace(Policy):
     """A K for each request, up by two and down by one."""
 
-    name: ClassVar[str] = "hf-heuristic"
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[HuggingFaceSettings]] = HuggingFaceSettings
-    learns: ClassVar[bool] = False
+    name = "hf-heuristic"
+    Settings = HuggingFaceSettings
+    settings: HuggingFaceSettings
 
     def __init__(self, settings: HuggingFaceSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`."""
-        self._settings = settings
-        self._max_k = max_k
+        super().__init__(settings, max_k)
         self._last = min(settings.first_k, max_k)
         self._requests: dict[str, tuple[int, int]] = {}  # cap and K
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Begin as the schedule says."""
-        cap = min(max_k, self._max_k)
-        first = self._settings.first_k if self._settings.transient else self._last
+        cap = min(max_k, self.max_k)
+        first = self.settings.first_k if self.settings.transient else self._last
         self._requests[request_id] = cap, min(first, cap)
 
     def drop(self, request_id: str) -> None:
         """Forget the request; the next one goes on with its K."""
         cap, k = self._requests.pop(request_id, (0, 0))
-        if cap == self._max_k:  # a request's own cap is no concern of the next
+        if cap == self.max_k:  # a request's own cap is no concern of the next
             self._last = k
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
@@ -79,11 +76,6 @@ class HuggingFace:
                 k = k + 2 if part.emitted > part.drafted else max(1, k - 1)
                 self._requests[part.request_id] = cap, min(k, cap)
 
-    def lookahead(self, request_id: str) -> int:
-        """Return what K may have risen to by then."""
-        cap, k = self._requests[request_id]
-        return min(k + 2, cap)
-
-    def explain(self, request_id: str) -> Mapping[str, Any]:
-        """Return K."""
-        return {"k": self._requests[request_id][1]}
+    def lookahead(self, request_ids: Sequence[str]) -> int:
+        """Return what the highest K may have risen to by then."""
+        return min(2 + max([self._requests[r][1] for r in request_ids], default=0), self.max_k)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from moecascade.core.peers.uniform import OneForAll
 from moecascade.core.step import RequestStep
@@ -115,14 +114,14 @@ class Tier:
 class SglangAdaptive(OneForAll):
     """One K for the batch, from the accept length."""
 
-    name: ClassVar[str] = "sglang-adaptive"  # type: ignore[misc]
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[SglangSettings]] = SglangSettings
-    learns: ClassVar[bool] = True
+    name = "sglang-adaptive"
+    Settings = SglangSettings
+    learns = True
+    settings: SglangSettings
 
     def __init__(self, settings: SglangSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`. Candidates above `max_k` are left out."""
-        super().__init__(max_k)
+        """Begin in the middle; candidates above `max_k` are left out."""
+        super().__init__(settings, max_k)
         self._tiers = {
             size: Tier([k for k in candidates if k <= max_k], down, settings)
             for size, (candidates, down) in TIERS.items()

@@ -11,12 +11,19 @@ that of all requests is the prior. The profile is `core.cost`, learnt while serv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 from moecascade.core.cost import CostModel
-from moecascade.core.step import Decision, Proposal, RequestStep, Step
+from moecascade.core.policy import Policy
+from moecascade.core.step import (
+    Decision,
+    Expectation,
+    Proposal,
+    RequestStep,
+    Step,
+    matching_prefix,
+)
 from moecascade.errors import ConfigError
 
 
@@ -75,18 +82,16 @@ class _Request:
     survival: list[float] = field(default_factory=list)
 
 
-class SurvivalBudget:
+class SurvivalBudget(Policy):
     """Global top-k over survival probabilities."""
 
-    name: ClassVar[str] = "survival-budget"
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[SurvivalSettings]] = SurvivalSettings
-    learns: ClassVar[bool] = True
+    name = "survival-budget"
+    Settings = SurvivalSettings
+    learns = True
+    settings: SurvivalSettings
 
     def __init__(self, settings: SurvivalSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`."""
-        self._settings = settings
-        self._max_k = max_k
+        super().__init__(settings, max_k)
         self._keep = 1.0 - 1.0 / settings.memory
         self._requests: dict[str, _Request] = {}
         self._costs = CostModel(settings.experts, settings.top_k)
@@ -95,10 +100,10 @@ class SurvivalBudget:
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Begin with no evidence."""
         if self._all is None:
-            rate = self._settings.first_rate
-            self._all = _Counts([rate] * self._max_k, [1.0] * self._max_k)
-        nothing = _Counts([0.0] * self._max_k, [0.0] * self._max_k)
-        self._requests[request_id] = _Request(min(max_k, self._max_k), nothing)
+            rate = self.settings.first_rate
+            self._all = _Counts([rate] * self.max_k, [1.0] * self.max_k)
+        nothing = _Counts([0.0] * self.max_k, [0.0] * self.max_k)
+        self._requests[request_id] = _Request(min(max_k, self.max_k), nothing)
 
     def drop(self, request_id: str) -> None:
         """Forget the request."""
@@ -139,21 +144,19 @@ class SurvivalBudget:
                 r.counts.add(right, known, self._keep)
                 self._all.add(right, known, 0.99)
 
-    def lookahead(self, request_id: str) -> int:
-        """Return the most there can be: the budget may have moved here by then."""
-        return self._requests[request_id].cap
-
-    def explain(self, request_id: str) -> Mapping[str, Any]:
-        """Return K and the survival of each position."""
+    def explain(self, request_id: str) -> Expectation:
+        """Return the tokens that are expected, and the survival of each position."""
         r = self._requests[request_id]
-        return {"k": r.k, "survival": list(r.survival)}
+        return Expectation(
+            tokens=1.0 + sum(r.survival[: r.k]), parts={"survival": list(r.survival)}
+        )
 
     def _survival(self, r: _Request) -> list[float]:
         assert self._all is not None  # since the first `add`
         survival, chance = [], 1.0
-        for place in range(self._max_k):
+        for place in range(self.max_k):
             general = self._all.accepted[place] / self._all.compared[place]
-            belief = self._settings.belief
+            belief = self.settings.belief
             chance *= (r.counts.accepted[place] + belief * general) / (
                 r.counts.compared[place] + belief
             )
@@ -168,8 +171,4 @@ def _survived(draft: Sequence[int], part: RequestStep) -> tuple[int, int]:
     """
     if not part.tokens:
         return part.accepted, part.drafted
-    known = min(len(draft), len(part.tokens))
-    right = 0
-    while right < known and draft[right] == part.tokens[right]:
-        right += 1
-    return right, known
+    return matching_prefix(draft, part.tokens), min(len(draft), len(part.tokens))

@@ -1,1 +1,1 @@
-"""This project's policies of one file each: `off`, `static:K`, the paper's `cascade`."""
+"""This project's policies of one file each: `static:K`, with `off`, and the paper's `cascade`."""

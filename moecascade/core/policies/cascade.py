@@ -12,12 +12,13 @@ ever tested. `core.utility` says what the utility of a request in a batch is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from moecascade.core.baseline import Baseline
-from moecascade.core.step import Decision, Proposal, Step
+from moecascade.core.policy import Policy
+from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.core.utility import Tally, cost_share
 from moecascade.errors import ConfigError
 
@@ -128,26 +129,23 @@ class _Request:
     utilities: dict[int, float] = field(default_factory=dict)  # last known, by K
 
 
-class Cascade:
+class Cascade(Policy):
     """Test-and-set with adaptive back-off and hill-climbing, for any number of requests."""
 
-    name: ClassVar[str] = "cascade"
-    argument: ClassVar[str] = ""
-    Settings: ClassVar[type[CascadeSettings]] = CascadeSettings
-    learns: ClassVar[bool] = False
+    name = "cascade"
+    Settings = CascadeSettings
+    settings: CascadeSettings
 
     def __init__(self, settings: CascadeSettings, max_k: int) -> None:
-        """Make the policy; see `Policy`."""
-        self._settings = settings
-        self._max_k = max_k
+        super().__init__(settings, max_k)
         self._requests: dict[str, _Request] = {}
         self._baseline = Baseline(settings.baseline_steps, settings.refresh_steps)
         self._positions = 1  # of the last step without our drafts, see Baseline
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Begin with the baseline phase."""
-        s = self._settings
-        cap = min(max_k, self._max_k)
+        s = self.settings
+        cap = min(max_k, self.max_k)
         self._requests[request_id] = _Request(cap, "baseline", 0, s.baseline_steps, s.set_steps)
 
     def drop(self, request_id: str) -> None:
@@ -189,7 +187,7 @@ class Cascade:
         else:
             self._baseline.observe(positions, step.seconds)
         baseline = self._baseline.at(positions)
-        if baseline is not None and step.seconds > self._settings.pause * baseline:
+        if baseline is not None and step.seconds > self.settings.pause * baseline:
             return
         n = len(step.requests)
         for r, part in ours:
@@ -200,9 +198,12 @@ class Cascade:
                 r.tally.add(part.emitted, cost)
                 self._advance(r)
 
-    def lookahead(self, request_id: str) -> int:
+    def lookahead(self, request_ids: Sequence[str]) -> int:
+        """Return the highest K that any may have by then."""
+        return max([self._ahead(self._requests[id_]) for id_ in request_ids], default=0)
+
+    def _ahead(self, r: _Request) -> int:
         """Return K, or where the phase may end with the next step the highest K it may lead to."""
-        r = self._requests[request_id]
         if r.left > 1:
             return r.k
         if r.phase == "test":
@@ -211,21 +212,20 @@ class Cascade:
             return max(r.utilities)
         return self._first_k(r)
 
-    def explain(self, request_id: str) -> Mapping[str, Any]:
-        """Return phase, K, the utility in this window and by K, and the baseline in seconds."""
+    def explain(self, request_id: str) -> Expectation:
+        """Return the utility measured in this phase; phase, utility by K and baseline (seconds)."""
         r = self._requests[request_id]
-        return {
+        parts = {
             "phase": r.phase,
-            "k": r.k,
-            "utility": r.tally.utility,
             "utilities": dict(r.utilities),
             "next_set_steps": r.set_steps,
             "baseline": self._baseline.at(self._positions),
         }
+        return Expectation(utility=r.tally.utility, parts=parts)
 
     def _first_k(self, r: _Request) -> int:
         """Return the first K of a test: the best non-zero K of the request's history."""
-        best = max(r.utilities, key=r.utilities.__getitem__, default=self._settings.first_k)
+        best = max(r.utilities, key=r.utilities.__getitem__, default=self.settings.first_k)
         return min(best, r.max_k)
 
     def _advance_baseline(self, r: _Request) -> None:
@@ -243,22 +243,22 @@ class Cascade:
             self._begin_test(r)
             return
         r.trials.append((r.k, r.tally.utility))
-        k = next_trial(r.trials, r.max_k, self._settings)
+        k = next_trial(r.trials, r.max_k, self.settings)
         if k is None:
             self._begin_set(r, best_trial(r.trials))
         else:
-            self._begin(r, "test", k, self._settings.trial_steps)
+            self._begin(r, "test", k, self.settings.trial_steps)
 
     def _begin_test(self, r: _Request) -> None:
         r.trials.clear()
-        self._begin(r, "test", self._first_k(r), self._settings.trial_steps)
+        self._begin(r, "test", self._first_k(r), self.settings.trial_steps)
 
     def _begin_set(self, r: _Request, k: int) -> None:
         if k == 0:  # adaptive back-off: 16, 32, 64, ...
             self._begin(r, "set", 0, r.set_steps)
-            r.set_steps = round(min(r.set_steps * self._settings.backoff, LONGEST_SET))
+            r.set_steps = round(min(r.set_steps * self.settings.backoff, LONGEST_SET))
         else:
-            r.set_steps = self._settings.set_steps
+            r.set_steps = self.settings.set_steps
             self._begin(r, "set", k, r.set_steps)
 
     def _begin(self, r: _Request, phase: Literal["test", "set"], k: int, steps: int) -> None:
