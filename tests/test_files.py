@@ -299,3 +299,12 @@ def test_names_that_repeat_are_numbered_with_a_note(
     assert "'a-3'" in first
     assert str(two) in second
     assert "'b-2'" in second
+
+
+@pytest.mark.parametrize("before", [b'{"id": 1}', b'{"id": 0}\n{"id": 1}', b"notes of mine", b"["])
+def test_appending_destroys_nothing_but_a_record_that_was_cut(tmp_path: Path, before: bytes):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(before)
+    with files.open_to_append(path) as file:
+        file.write(files.json_line({"id": 2}))
+    assert path.read_bytes() == before + b'\n{"id":2}\n'

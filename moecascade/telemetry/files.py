@@ -49,7 +49,8 @@ def json_line(value: Any) -> str:
 def open_to_append(path: Path) -> TextIO:
     """Open a file of JSON Lines to append to; it is created with its folder where it is missing.
 
-    A last line that was cut is dropped, for what is appended to it would be lost with it.
+    A last line that was cut is dropped, for what is appended to it would be lost with it. One that
+    only lacks its line end is kept.
 
     Raises:
         OSError: The file cannot be opened.
@@ -61,10 +62,22 @@ def open_to_append(path: Path) -> TextIO:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
         ):
             whole = text.rfind(b"\n") + 1
-        if whole < size:
+            last = text[whole:]
+        if last.startswith(b"{") and not _is_json(last):
             logger.warning("%s: its last line was cut; it is dropped", path)
             os.truncate(path, whole)
+        elif whole < size:
+            with path.open("ab") as file:
+                file.write(b"\n")
     return path.open("a", encoding="utf-8")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def records(path: str | Path) -> Iterator[tuple[str, Any]]:
