@@ -220,6 +220,90 @@ def test_a_port_out_of_range_is_refused():
         server.check_port("127.0.0.1", 70000)
 
 
+REFUSES = """
+    import sys
+    print("to standard output", flush=True)
+    print("(APIServer pid=7) Traceback (most recent call last):", file=sys.stderr)
+    print("(APIServer pid=7)   File 'x.py', line 1, in f", file=sys.stderr)
+    print("(APIServer pid=7) KeyError: 'first'", file=sys.stderr)
+    print("", file=sys.stderr, flush=True)
+    raise ValueError("Consider more") from None
+"""
+
+
+def test_why_the_server_would_not_start_is_said_once_more_at_the_end(
+    mark: str,
+):
+    with pytest.raises(SetupError) as error:
+        server.run(command(REFUSES))
+    assert str(error.value) == "vLLM ended with this error: ValueError: Consider more"
+    assert marked(mark) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("raise SystemExit(0)", 0),
+        ("raise SystemExit(1)", 1),  # without a traceback: it has said why
+        ("raise SystemExit(3)", 3),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 128 + 9),
+    ],
+)
+def test_serving_ends_as_the_server_does(script: str, status: int):
+    assert server.run(command(script)) == status
+
+
+def test_what_the_server_prints_is_passed_through_whole():
+    """In a process of its own: both streams are then as in a terminal or a pipe."""
+    loud = "import os; os.write(2, bytes(range(256)) * 1000); os.write(1, b'out'); os._exit(5)"
+    code = f"""
+        import sys
+        from moecascade.serving import server
+        from moecascade.serving.command import Launch
+        sys.exit(server.run(Launch({tuple(python(loud))!r}, {{}}, "m", "127.0.0.1", 0)))
+    """
+    done = subprocess.run(python(code), capture_output=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (5, b"out")
+    assert done.stderr == bytes(range(256)) * 1000
+
+
+def test_the_last_exception_is_found_that_names_a_cause():
+    pydantic = (
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+        "  Value error, too few [type=value_error]\n"
+        "    For further information visit https://errors.pydantic.dev/2/v/value_error\n"
+    )
+    begin = "Traceback (most recent call last):\n  File 'x.py', line 1\n    f()\n    ^^^\n"
+    cause = f"(EngineCore pid=12) Process EngineCore:\n{begin}RuntimeError: no room\n"
+    pointer = f"{begin}RuntimeError: Engine core initialization failed. See root cause above.\n"
+    found = server.exception_in
+    assert found(begin + pydantic + "[rank0]: a later line\n") == (
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig "
+        "Value error, too few [type=value_error]"
+    )
+    assert found(cause + pointer) == "RuntimeError: no room"
+    assert found(pointer).startswith("RuntimeError: Engine core")
+    assert found("INFO all is well\nError: a line of a log\n") == ""
+    assert found(begin) == ""
+
+
+@pytest.mark.engine
+def test_what_vllm_refuses_ends_with_its_reason_on_one_line():
+    line = ["serve", "local", "--enable-lora", "--max-num-batched-tokens", "128"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moecascade", *line, "--port", str(server.free_port())],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("moecascade: vLLM ended with this error: ValueError: Consider")
+    assert "max_num_batched_tokens" in last
+    assert "Traceback" in done.stderr  # vLLM's own words are kept
+
+
 def test_a_free_port_can_be_used():
     server.check_port("127.0.0.1", server.free_port())
 

@@ -7,13 +7,12 @@ does so in the foreground.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import IO, Self
 from moecascade.errors import SetupError
 from moecascade.serving.command import Launch
 
-# What is on this machine is not asked for through a proxy.
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_TAIL = 64 * 1024
+_WHO = re.compile(r"^\(\w+ pid=\d+\) ")  # how vLLM begins the lines of some processes
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -119,7 +118,7 @@ class Server:
     def log_tail(self, lines: int) -> list[str]:
         """Return the last lines of the server's log that are not empty."""
         with suppress(OSError), self.log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             text = file.read().decode(errors="replace")
             return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
         return []
@@ -138,11 +137,13 @@ class Server:
             supervisor.wait()
 
     def _healthy(self) -> bool:
-        try:
-            with _DIRECTLY.open(f"{self.launch.url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        import httpx  # vLLM brings it
+
+        try:  # what is on this machine is not asked for through a proxy
+            answer = httpx.get(f"{self.launch.url}/health", timeout=5, trust_env=False)
+        except httpx.HTTPError:
             return False
+        return answer.status_code == 200
 
     def _why(self, what: str) -> str:
         """Return a message with the part of the log that is most likely to tell the reason."""
@@ -162,13 +163,16 @@ def run(launch: Launch) -> int:
     Signals that end or interrupt us are passed on to the server, which ends in its own way.
 
     Raises:
-        SetupError: The port is busy.
+        SetupError: The port is busy; or the server ended by an exception of its own, which is
+            repeated, for it may stand at the end of many lines.
     """
     if not launch.socket_path:
         check_port(launch.host, launch.port)
     supervisor = _start(launch, None)
+    passed_on: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        passed_on.append(number)
         supervisor.send_signal(number)
 
     before = {
@@ -176,19 +180,58 @@ def run(launch: Launch) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
-        return supervisor.wait()
+        said = _passed_through(supervisor.stderr)
+        status = supervisor.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if status == 1 and not passed_on and (reason := exception_in(said)):
+        raise SetupError(f"vLLM ended with this error: {reason}")
+    return status
+
+
+def _passed_through(errors: IO[bytes] | None) -> str:
+    """Print what comes through a pipe until it ends, at once and unchanged; return its end."""
+    assert errors is not None
+    tail = b""
+    while piece := os.read(errors.fileno(), _TAIL):
+        tail = (tail + piece)[-_TAIL:]
+        with suppress(OSError):  # nobody listens any more; the server goes on
+            sys.stderr.buffer.write(piece)
+            sys.stderr.buffer.flush()
+    return tail.decode(errors="replace")
+
+
+def exception_in(text: str) -> str:
+    """Return the last exception whose traceback is printed in a text, on one line; "" if none is.
+
+    One that only says that the cause stands above it is passed over.
+    """
+    found: list[str] = []
+    within = False
+    for line in (_WHO.sub("", line) for line in text.splitlines()):
+        if line.startswith("Traceback (most recent call last):"):
+            found.append("")
+            within = True
+        elif within and found[-1]:  # its message may go on, further in
+            within = line.startswith(" ") and "For further information" not in line
+            found[-1] += f" {line.strip()}" * within
+        elif within and not line.startswith(" "):
+            found[-1] = line
+    causes = [reason for reason in found if "root cause above" not in reason]
+    return next(reversed(causes or found), "")
 
 
 def _start(launch: Launch, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    """Start the supervisor of a server; its standard input is the lifeline."""
+    """Start the supervisor of a server; its standard input is the lifeline.
+
+    What it prints goes to `output`; if that is None, to our output, and errors into a pipe.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "moecascade.serving.supervisor", *launch.command],
         env={**os.environ, **launch.environment},
         stdin=subprocess.PIPE,
         stdout=output,
-        stderr=subprocess.STDOUT if output else None,
+        stderr=subprocess.STDOUT if output else subprocess.PIPE,
         start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
     )
