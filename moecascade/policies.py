@@ -1,6 +1,7 @@
 """The public face of the policies: what a spec is, which there are, how to add one.
 
-Adding one takes one class with the members of `Policy`, passed to `register`.
+A policy is a class derived from `Policy`, with a name and a way to decide, passed to `register`.
+`core.registry` says how other processes, the engine's for one, come to know it.
 """
 
 from moecascade.core.policy import Policy
@@ -14,14 +15,22 @@ from moecascade.core.registry import (
     learns,
     names,
     register,
+    settings_for,
 )
-from moecascade.core.spec import parse, split
+from moecascade.core.spec import Spec, parse, split
+from moecascade.core.step import Decision, Expectation, Proposal, RequestStep, Step
 
 __all__ = [
     "ANY_K",
     "OURS",
     "PEERS",
+    "Decision",
+    "Expectation",
     "Policy",
+    "Proposal",
+    "RequestStep",
+    "Spec",
+    "Step",
     "applicable",
     "classes",
     "create",
@@ -29,5 +38,6 @@ __all__ = [
     "names",
     "parse",
     "register",
+    "settings_for",
     "split",
 ]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moecascade import policies
 from moecascade.core import registry
@@ -18,9 +25,12 @@ from moecascade.core.options import (
     server_options,
     what_is_right,
 )
+from moecascade.core.spec import Spec
 from moecascade.core.step import Decision, Expectation, Proposal, RequestStep, Step
 from moecascade.errors import ConfigError
 from moecascade.policies import Policy, create, register
+
+ROOT = Path(policies.__file__).parent.parent
 
 
 class Faulty(Policy):
@@ -318,6 +328,157 @@ def test_of_options_that_are_partly_wrong_the_others_count() -> None:
     assert what_is_right(None, 8) == RequestOptions()
 
 
+# ---- policies of others --------------------------------------------------------------------------
+
+HALF = """
+from moecascade.policies import Decision, Policy, register
+
+
+@register
+class Half(Policy):
+    name = "half"
+
+    def decide(self, proposals):
+        return [Decision(p.request_id, len(p.tokens) // 2, "half") for p in proposals]
+"""
+
+
+def in_process(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own that finds the modules and packages in a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def trace(folder: Path) -> Path:
+    path = folder / "traces.jsonl"
+    row = {"id": "r", "task": "t", "prompt_token_ids": [1, 2, 3] * 9}
+    path.write_text(json.dumps({**row, "output_token_ids": [1, 2, 3] * 40}) + "\n")
+    return path
+
+
+REPLAY = "from moecascade.cli.app import run; import sys; sys.argv[1:] = {!r}; run()"
+
+
+def test_the_smallest_policy_of_all_is_a_name_and_a_decision() -> None:
+    space: dict[str, Any] = {}
+    known = dict(policies.classes())
+    try:
+        exec(HALF, space)
+        c, faults = controller("half")
+        c.add("r", RequestOptions())
+        assert c.decide([Proposal("r", [1, 2, 3, 4, 5])], explain=True)["r"].k == 2
+        c.observe(step("r"))
+        assert c.lookahead(["r"]) == 8
+        c.drop("r")
+        assert not faults
+    finally:
+        registry._REGISTRY.clear()
+        registry._REGISTRY.update(known)
+
+
+def test_a_policy_in_a_file_is_found_by_commands_and_by_the_server(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HALF)
+    command = REPLAY.format(["replay", str(trace(tmp_path)), "--policies", "off,half", "--json"])
+    ran = in_process(tmp_path, command, MOECASCADE_POLICIES="mine")
+    assert ran.returncode == 0, ran.stderr
+    assert "half" in ran.stdout
+    assert in_process(tmp_path, command).returncode == 2  # nobody said where it is
+    serve = (
+        "from moecascade.core.options import server_options, request_options\n"
+        "server_options({'cascade': {'policy': 'half'}}, 8)\n"
+        "print(request_options({'cascade_policy': 'half'}, 8).policy)"
+    )
+    ran = in_process(tmp_path, serve, MOECASCADE_POLICIES=" mine ,")
+    assert (ran.returncode, ran.stdout) == (0, "half\n"), ran.stderr
+
+
+def test_a_module_that_cannot_be_imported_is_named_with_a_remedy(tmp_path: Path) -> None:
+    code = "from moecascade.core.options import server_options; server_options({}, 8)"
+    ran = in_process(tmp_path, code, MOECASCADE_POLICIES="no_such_module")
+    for words in ("ConfigError: MOECASCADE_POLICIES", "'no_such_module'", "PYTHONPATH"):
+        assert words in ran.stderr
+
+
+def test_installed_packages_bring_policies_and_a_broken_one_is_no_more_than_a_warning(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mine.py").write_text(HALF.replace("@register\n", ""))
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    points = ["half = mine:Half", "broken = mine:Missing", "lacking = mine:Decision"]
+    (info / "entry_points.txt").write_text("\n".join(["[moecascade.policies]", *points]))
+    ran = in_process(
+        tmp_path, "from moecascade import create; print(type(create('half', 8)).__name__)"
+    )
+    assert (ran.returncode, ran.stdout) == (0, "Half\n"), ran.stderr
+    for words in ("'broken'", "mine:Missing", "'lacking'", "'Decision' lacks name"):
+        assert words in ran.stderr
+    ran = in_process(tmp_path, "from moecascade import policies; print(policies.names())")
+    assert "'half'" in ran.stdout
+
+
+@pytest.mark.parametrize("name", ["this", "this:s", "antigravity", "os.path:join", "json[x=1]"])
+def test_a_request_cannot_make_the_server_import_anything(name: str) -> None:
+    loaded = set(sys.modules)
+    with pytest.raises(ConfigError):
+        request_options({"cascade_policy": name}, 8)
+    c, _ = controller()
+    with pytest.raises(ConfigError):
+        c.add("r", RequestOptions(policy=name))
+    assert set(sys.modules) - loaded == set()
+
+
+def test_a_class_that_lacks_members_is_refused_and_one_that_has_them_all_is_taken(
+    faulty: type[Faulty],
+) -> None:
+    class Bare:
+        name = "bare"
+
+        def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
+            return []
+
+    with pytest.raises(ConfigError, match=r"'.*Bare' lacks argument, Settings, .*observe"):
+        register(Bare)
+    with pytest.raises(ConfigError, match="lacks name, decide"):
+        register(type("Nothing", (Policy,), {}))
+    duck = type("Duck", (), {k: getattr(faulty, k) for k in dir(faulty) if k[0] != "_"})
+    duck._fail = faulty._fail  # type: ignore[attr-defined]
+    duck.__init__ = lambda self, settings, max_k: None  # type: ignore[misc]
+    duck.name = "duck"  # type: ignore[attr-defined]
+    duck.check = classmethod(lambda cls, settings, max_k: None)  # type: ignore[attr-defined]
+    assert not issubclass(register(duck), Policy)
+    c, faults = controller("duck")
+    c.add("r", RequestOptions())
+    assert c.decide([Proposal("r")], explain=True)["r"].expected == faulty.says
+    assert not faults
+
+
+def test_a_policy_that_cannot_be_made_is_refused_where_it_is_asked_for(
+    faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faulty, "__init__", lambda self, settings, max_k: 1 // 0)
+    c, _ = controller()
+    with pytest.raises(ConfigError, match="'faulty' cannot be made: ZeroDivisionError"):
+        c.add("r", RequestOptions(policy="faulty"))
+    assert len(c) == 0
+
+
+def test_checking_a_spec_makes_no_policy(
+    faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faulty, "__init__", lambda self, settings, max_k: pytest.fail("made"))
+    assert request_options({"cascade_policy": "faulty"}, 8).policy == "faulty"
+    assert server_options({"cascade": {"policy": "faulty"}}, 8).policy == "faulty"
+    assert policies.settings_for("static:3", 8).k == 3
+
+
 # ---- specs with settings, and what is known of the model -----------------------------------------
 
 
@@ -325,7 +486,7 @@ def test_a_spec_may_carry_settings() -> None:
     policy = policies.create("cascade[set_steps=32,backoff=1]", 8)
     settings = policy.settings
     assert (settings.set_steps, settings.backoff, settings.trial_steps) == (32, 1, 4)
-    assert policies.parse("static:3") == ("static", "3", {})
+    assert policies.parse("static:3") == Spec("static", "3", {})
     assert policies.split("off, cascade[backoff=1,set_steps=8],static:3") == [
         "off",
         "cascade[backoff=1,set_steps=8]",
@@ -333,13 +494,40 @@ def test_a_spec_may_carry_settings() -> None:
     ]
     spec = "dynamic-table[table=[[1,4,5],[5,16,3]]]"
     assert policies.split(f"off,{spec},cascade") == ["off", spec, "cascade"]
-    assert policies.parse(spec)[2] == {"table": [[1, 4, 5], [5, 16, 3]]}
+    assert policies.parse(spec).settings == {"table": [[1, 4, 5], [5, 16, 3]]}
     policies.create(spec, 8)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("ab ", max_size=3),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    st.builds(
+        Spec,
+        st.sampled_from(["off", "static", "hf-heuristic"]),
+        st.none() | st.sampled_from(["", "3", "x"]),
+        st.dictionaries(st.sampled_from(["k", "set_steps"]), VALUES, max_size=2),
+    )
+)
+def test_a_spec_is_the_same_after_it_was_written_and_read(spec: Spec) -> None:
+    assert policies.parse(str(spec)) == spec
+    assert policies.split(f"{spec},off,{spec}") == [str(spec), "off", str(spec)]
+
+
+def test_only_static_policies_have_a_static_k() -> None:
+    ks = {spec: policies.parse(spec).static_k for spec in ("static:3", "static:0", "static", "off")}
+    assert ks == {"static:3": 3, "static:0": 0, "static": None, "off": None}
+    assert policies.parse("static:x").static_k is None
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
+        ("cascade[set_steps=1" + "0" * 400 + "]", "whole number"),
         ("cascade[", "name=value"),
         ("cascade[backoff]", "name=value"),
         ("cascade[backoff=x]", "name=value"),

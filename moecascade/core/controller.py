@@ -167,7 +167,7 @@ class Controller:
         if group is None:
             if spec != self._options.policy:
                 self._make_room()
-            settings = self.settings_of(parse(spec)[0])
+            settings = self.settings_of(parse(spec).name)
             group = _Group(spec, registry.create(spec, self._max_k, settings), set())
             self._groups[spec] = group
         return group

@@ -8,11 +8,9 @@ Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Reque
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from moecascade.core import registry
@@ -92,8 +90,8 @@ def server_options(
     values = given.get(CONFIG_KEY, {})
     where = f'additional_config["{CONFIG_KEY}"]'
     chosen = from_mapping(ServerOptions, values, where)
+    known = registry.classes()  # now, not when a request first asks for one of another package
     for name, settings in chosen.options.items():
-        known = registry.classes()
         if name not in known:
             raise ConfigError(
                 f"{where}: options are for an unknown policy {name!r}{nearest(name, known)}; "
@@ -106,8 +104,8 @@ def server_options(
         if known[name].argument:
             filled.setdefault(known[name].argument, 0)
         from_mapping(known[name].Settings, filled, about)
-    name = parse(chosen.policy)[0]
-    registry.create(chosen.policy, max_k, chosen.settings_of(name, facts or {}))
+    settings = chosen.settings_of(parse(chosen.policy).name, facts or {})
+    registry.settings_for(chosen.policy, max_k, settings)
     return chosen
 
 
@@ -148,8 +146,8 @@ def request_options(
                 f"vllm_xargs: cascade_policy must be one of {', '.join(registry.names())}, "
                 f"got {policy!r}"
             )
-        settings = settings_of(parse(policy)[0])
-        _check(policy, registry.ANY_K if max_k is None else max_k, json.dumps(settings))
+        longest = registry.ANY_K if max_k is None else max_k
+        registry.settings_for(policy, longest, settings_of(parse(policy).name))
     if cap is not None:
         whole = isinstance(cap, int) and not isinstance(cap, bool)
         if not whole or cap < 0 or (max_k is not None and cap > max_k):
@@ -179,14 +177,3 @@ def what_is_right(
                 one.task or found.task,
             )
     return found
-
-
-@lru_cache(maxsize=256)
-def _check(spec: str, max_k: int, settings: str) -> None:
-    """Raise ConfigError where a policy cannot be made. Making one takes a millisecond or two."""
-    try:
-        registry.create(spec, max_k, json.loads(settings))
-    except ConfigError:
-        raise
-    except Exception as fault:  # noqa: BLE001 -- whatever a number like 10**400 leads to
-        raise ConfigError(f"policy {spec[:80]!r} cannot be made: {fault!r:.80}") from None

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from math import isfinite
 from typing import Any, TypeVar, get_type_hints
 
 from moecascade.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+MOST = 1e15  # size of a number: beyond, sums and products lose whole numbers
+
 
 def _fits(value: Any, wanted: Any) -> bool:
+    if isinstance(value, bool) and wanted in {int, float}:
+        return False
     if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
+        return isinstance(value, int | float) and abs(value) <= MOST
     if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and abs(value) <= MOST
     try:
         return isinstance(value, wanted)
     except TypeError:  # a parametrised type such as Mapping[str, Any]: check its origin
         return isinstance(value, wanted.__origin__)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return isfinite(value)
-    except OverflowError:  # a whole number with hundreds of digits
-        return False
 
 
 def _name(wanted: Any) -> str:

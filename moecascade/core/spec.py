@@ -6,18 +6,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from moecascade.errors import ConfigError
 
 
-def parse(spec: str) -> tuple[str, str | None, dict[str, Any]]:
-    """Return a spec's name, its argument if it has one, and its settings.
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A spec taken apart; ``str()`` puts it together again.
+
+    Attributes:
+        name: The policy's name.
+        argument: What stands after the colon, "" where nothing does, None where there is no colon.
+        settings: Those in brackets, by name.
+    """
+
+    name: str
+    argument: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        argument = "" if self.argument is None else f":{self.argument}"
+        items = [f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in self.settings.items()]
+        return self.name + argument + (f"[{','.join(items)}]" if items else "")
+
+    @property
+    def static_k(self) -> int | None:
+        """K of a policy ``static:K``, None for all others."""
+        if self.name == "static" and self.argument is not None and self.argument.isdecimal():
+            return int(self.argument)
+        return None
+
+
+def parse(text: str) -> Spec:
+    """Return a spec taken apart. Whether there is such a policy is the registry's business.
 
     Raises:
         ConfigError: The brackets are not of the form ``[name=value,...]``.
     """
-    plain, bracket, inside = spec.partition("[")
+    plain, bracket, inside = text.partition("[")
     name, colon, argument = plain.partition(":")
     values: dict[str, Any] = {}
     if bracket:
@@ -29,9 +58,9 @@ def parse(spec: str) -> tuple[str, str | None, dict[str, Any]]:
                 values[key.strip()] = json.loads(value)
         except (ValueError, RecursionError):
             raise ConfigError(
-                f"policy {spec!r}: settings have the form {plain}[name=value,...]"
+                f"policy {text!r}: settings have the form {plain}[name=value,...]"
             ) from None
-    return name, argument if colon else None, values
+    return Spec(name, argument if colon else None, values)
 
 
 def split(specs: str) -> list[str]:

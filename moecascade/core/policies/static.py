@@ -1,4 +1,4 @@
-"""Policies `static:K`, the same draft length always, as engines do by default, and `off`, K = 0."""
+"""Policy `static:K`: the same draft length always, as engines do by default; and `off`, K = 0."""
 
 from __future__ import annotations
 
