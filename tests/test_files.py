@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import logging
@@ -9,10 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from moecascade.errors import ConfigError
-from moecascade.evaluation import results, workloads
+from moecascade.evaluation import results, runner, workloads
+from moecascade.evaluation.request_record import BASELINE
+from moecascade.evaluation.schedule import Plan, Settings
 from moecascade.serving.flags import Flags
 from moecascade.telemetry import files, step_log, traces
 from moecascade.telemetry.traces import TOKEN_LIMIT, Trace
@@ -241,6 +249,29 @@ def test_chats_are_sent_up_to_the_users_last_turn(
     assert (line.id, line.task, line.messages) == ("c", "chats", sent)
     listed = read_one(tmp_path, {"prompt": turns})
     assert listed.messages == sent
+
+
+def test_the_whole_conversation_is_sent(tmp_path: Path) -> None:
+    received: list[dict[str, Any]] = []
+
+    async def answer(request: Request) -> Response:
+        received.append(await request.json())
+        usage = {"prompt_tokens": 1, "completion_tokens": 2}
+        message = {"choices": [{"delta": {"content": "ok"}}], "usage": usage}
+        return Response(f"data: {json.dumps(message)}\n\ndata: [DONE]\n\n")
+
+    turns = [SYSTEM, USER, ANSWER, AGAIN]
+    prompt = read_one(tmp_path, {"messages": turns})
+    block = Plan([prompt], Settings(policies=(BASELINE,))).rounds("m")[0][0]
+    app = Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+
+    async def send() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            await runner.send({BASELINE: client}, "m", block, 9)
+
+    asyncio.run(send())
+    assert [body["messages"] for body in received] == [turns]
 
 
 def test_a_published_conversation_keeps_the_systems_text(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ MEMORY_GIB = 6.0
 """What the local model's server takes: weights 1.3 GiB (float32: 2.6), cache 2 GiB, libraries."""
 DISK_GIB = 7.0  # all five local models take 6
 DEEP_SECONDS = 180
+REFUSED = (
+    "vLLM 0.32 refuses min_p and logit_bias (status 400) wherever speculation is configured, under "
+    "policy 'off' too; requests that need them need a server without: vllm serve MODEL"
+)
+"""Read in `SamplingParams._validate_spec_decode`."""
 VISION = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -72,6 +77,8 @@ def doctor(
     for check in checks:
         table.add_row(check.name, MARKS[check.state], check.found, check.remedy)
     Console().print(table)
+    if (vllm := support.installed_version()) and vllm[1].startswith("0.32."):
+        print(REFUSED)
     problems = [check.name for check in checks if check.state == "problem"]
     if problems:
         raise SetupError(

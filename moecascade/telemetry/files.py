@@ -56,20 +56,19 @@ def open_to_append(path: Path) -> TextIO:
         OSError: The file cannot be opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and (size := path.stat().st_size):
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
+    last = b""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as old, mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as text:
             whole = text.rfind(b"\n") + 1
             last = text[whole:]
-        if last.startswith(b"{") and not _is_json(last):
-            logger.warning("%s: its last line was cut; it is dropped", path)
-            os.truncate(path, whole)
-        elif whole < size:
-            with path.open("ab") as file:
-                file.write(b"\n")
-    return path.open("a", encoding="utf-8")
+    if last.startswith(b"{") and not _is_json(last):
+        logger.warning("%s: its last line was cut; it is dropped", path)
+        os.truncate(path, whole)
+        last = b""
+    file = path.open("a", encoding="utf-8")
+    if last:
+        file.write("\n")
+    return file
 
 
 def _is_json(text: bytes) -> bool:
