@@ -4,34 +4,20 @@ import gzip
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moecascade.errors import ConfigError, SetupError
 from moecascade.evaluation import results, runner
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.client import Reply
-from moecascade.evaluation.report import plots
-from moecascade.evaluation.report.speedups import (
-    Cell,
-    Pairs,
-    best_static,
-    fastest,
-    interval,
-    summarise,
-    units,
-)
-from moecascade.evaluation.request_record import AtK, Row, from_json, tally
 from moecascade.evaluation.schedule import Block, Plan, Settings, spread
 from moecascade.evaluation.workloads import (
-    ALL,
     REPEATED,
     TASKS,
     Prompt,
@@ -41,35 +27,8 @@ from moecascade.evaluation.workloads import (
     read,
     workloads,
 )
+from tests.rows import ROW
 
-ROW = Row(
-    request="mc-00000000-00000",
-    model="local",
-    prompt="code-01",
-    task="code",
-    policy="off",
-    temperature=0.0,
-    concurrency=1,
-    block="mc-00000000-00000",
-    block_seconds=2.1,
-    place=0,
-    seed=0,
-    prompt_tokens=50,
-    tokens=101,
-    decoded=100,
-    first_seconds=0.1,
-    decode_seconds=2.0,
-    gaps=(0.02, 0.03, 0.04),
-    finish_reason="length",
-    steps=100,
-    emitted=100,
-    drafted=0,
-    k_total=0,
-    steps_at_0=100,
-    step_seconds=2.0,
-    by_k=(AtK(0, 100, 100, 2.0),),
-    text="...",
-)
 OURS = [prompt for task in TASKS for prompt in own(task)]
 REPLY = Reply(
     "a b c",
@@ -81,12 +40,6 @@ REPLY = Reply(
     finish_reason="stop",
     gaps=(0.3, 0.4),
 )
-
-
-def row(prompt: str, policy: str, tokens: int, seconds: float, **fields: Any) -> Row:
-    task = prompt.partition("-")[0]
-    fields = {"decoded": tokens, "decode_seconds": seconds, **fields}
-    return replace(ROW, prompt=prompt, task=task, policy=policy, **fields)
 
 
 def test_our_prompts_are_distinct_and_name_their_task():
@@ -436,269 +389,14 @@ def test_other_prompts_make_another_plan():
     assert plan.digest != replace(plan, warm=OURS[-1:]).digest
 
 
-def test_rows_come_back_from_json_as_they_were():
-    drawn = replace(ROW, series=((3, 2, 0.03, None), (0, 1, 0.02, 1.1)), accepted_at=(1,))
-    assert from_json(json.loads(json.dumps(asdict(drawn)))) == drawn
-    # Fields that went are no fault of the file's.
-    assert from_json({**asdict(drawn), "reference": 1.5}) == drawn
-
-
-def part(name: str, k: int, drafted: int, emitted: int) -> dict[str, object]:
-    return {"id": name, "policy": "x", "k": k, "drafted": drafted, "emitted": emitted}
-
-
-def test_the_step_log_is_joined_by_the_name_within_vllms_name():
-    log: list[dict[str, Any]] = [
-        {
-            "decode": False,
-            "seconds": 0.5,
-            "requests": [part("chatcmpl-mc-0a0b0c0d-00001-9f", 3, 0, 1)],
-        },
-        {
-            "decode": True,
-            "seconds": 0.1,
-            "requests": [part("chatcmpl-mc-0a0b0c0d-00001-9f", 3, 2, 3)],
-        },
-        {
-            "decode": True,
-            "seconds": 0.2,
-            "requests": [part("chatcmpl-mc-0a0b0c0d-00001-9f", 0, 0, 1)],
-        },
-        {
-            "decode": True,
-            "seconds": None,
-            "requests": [part("chatcmpl-mc-0a0b0c0d-00002-11", 1, 0, 1)],
-        },
-        {"decode": True, "seconds": 9.0, "requests": [part("chatcmpl-warm-up-off-11", 0, 0, 1)]},
-    ]
-    found = tally(log)
-    assert set(found) == {"mc-0a0b0c0d-00001", "mc-0a0b0c0d-00002"}
-    first = found["mc-0a0b0c0d-00001"].fields(keep_series=True)
-    assert (first["steps"], first["emitted"], first["drafted"]) == (2, 4, 2)
-    assert (first["k_total"], first["steps_at_0"]) == (3, 1)
-    assert first["step_seconds"] == pytest.approx(0.3)
-    assert first["by_k"] == (AtK(0, 1, 1, 0.2), AtK(2, 1, 3, 0.1, judged=1, judged_emitted=3))
-    assert first["drafted_at"] == first["accepted_at"] == (1, 1)
-    assert first["series"] == ((3, 3, 0.1, None), (0, 1, 0.2, None))
-    second = found["mc-0a0b0c0d-00002"].fields(keep_series=False)
-    assert second["step_seconds"] == 0
-    assert second["series"] == ()
-
-
-def test_what_a_policy_expected_stands_beside_what_came():
-    name = "chatcmpl-mc-0a0b0c0d-00001-9f"
-    log = [
-        {
-            "decode": True,
-            "seconds": seconds,
-            "controller": 0.001,
-            "handover": 0.002,
-            "requests": [
-                {
-                    **part(name, 2, 2, emitted),
-                    "utility": 10 * seconds,
-                    "expected_tokens": 2.0,
-                    "expected_seconds": 0.1,
-                }
-            ],
-        }
-        for seconds, emitted in ((0.1, 3), (0.08, 1), (0.2, 2))
-    ]
-    fields = tally(log)["mc-0a0b0c0d-00001"].fields(keep_series=False)
-    (at,) = fields["by_k"]
-    # The answer's end cuts the last step short, so it says nothing of what was right in it.
-    assert (at.steps, at.emitted, at.judged, at.judged_emitted) == (3, 6, 2, 4)
-    assert at.expected_tokens == 4.0
-    assert at.seconds_error == pytest.approx(0.25)  # of 0, 0.25 and 0.5
-    assert fields["utility"] == pytest.approx((0.1 + 0.064 + 0.4) / 0.38)  # by time
-    assert fields["controller_seconds"] == pytest.approx(0.003)
-    assert fields["handover_seconds"] == pytest.approx(0.006)
-    assert (fields["drafted_at"], fields["accepted_at"]) == ((2, 2), (1, 1))
-
-
 def test_tokens_of_the_first_message_are_not_counted_as_decoded():
     block = planned(1, Settings(policies=("off",)))[0]
     (made,) = runner.rows_of("local", block, [REPLY], 1.7, {}, keep_text=False)
     assert made.decoded == 7
     assert made.seconds_per_token == pytest.approx(0.1)
+    assert made.gaps is not None
     assert made.gaps[0] == pytest.approx(0.35)
     assert made.text == ""
-
-
-def cell_of(cells: Iterable[Cell], workload: str, policy: str) -> Cell:
-    return next(c for c in cells if (c.workload, c.policy) == (workload, policy))
-
-
-def test_speed_up_compares_the_time_for_equally_many_tokens():
-    # 0.02 s a token without, 0.01 s with speculation; that the second answer is short is no gain.
-    cells = summarise([row("code-1", "off", 100, 2.0), row("code-1", "cascade", 10, 0.1)])
-    assert cell_of(cells, "code", "cascade").speedup == pytest.approx(2.0)
-    assert cell_of(cells, "code", "off").speedup == pytest.approx(1.0)
-
-
-def test_long_answers_weigh_more_than_short_ones():
-    rows = [
-        row("code-1", "off", 100, 10.0),
-        row("code-2", "off", 10, 1.0),
-        row("code-1", "cascade", 100, 5.0),  # twice as fast for 10 s
-        row("code-2", "cascade", 10, 2.0),  # half as fast for 1 s
-    ]
-    cell = cell_of(summarise(rows), "code", "cascade")
-    assert cell.speedup == pytest.approx((10 + 1) / (5 + 2))
-    assert cell.worst == pytest.approx(0.5)
-    assert cell.each == pytest.approx((2.0, 0.5))
-    assert cell.tokens_per_second == pytest.approx(110 / 7)
-
-
-def test_the_mix_is_all_requests_together():
-    rows = [
-        row("code-1", "off", 10, 1.0),
-        row("math-1", "off", 10, 1.0),
-        row("code-1", "cascade", 10, 0.5),
-        row("math-1", "cascade", 10, 1.5),
-    ]
-    cells = summarise(rows)
-    assert [c.workload for c in cells] == ["code", "code", "math", "math", ALL, ALL]
-    assert cell_of(cells, ALL, "cascade").speedup == pytest.approx(1.0)
-
-
-def test_the_baseline_comes_first_whichever_was_measured_first():
-    rows = [row("code-1", "cascade", 10, 0.5), row("code-1", "off", 10, 1.0)]
-    assert [cell.policy for cell in summarise(rows)] == ["off", "cascade"]
-
-
-def test_step_numbers_are_means_over_steps_not_over_requests():
-    rows = [
-        row("code-1", "off", 10, 1.0),
-        row(
-            "code-1", "cascade", 10, 1.0, steps=8, emitted=20, drafted=16, k_total=24, steps_at_0=0
-        ),
-        row("code-2", "cascade", 10, 1.0, steps=2, emitted=2, drafted=0, k_total=0, steps_at_0=2),
-    ]
-    cell = cell_of(summarise(rows), "code", "cascade")
-    assert (cell.etr, cell.mean_k, cell.mean_drafted, cell.off_share) == (2.2, 2.4, 1.6, 0.2)
-
-
-def test_an_answer_of_one_token_has_no_speed():
-    rows = [row("code-1", "off", 0, 0.0), row("code-1", "cascade", 0, 0.0)]
-    cell = cell_of(summarise(rows), "code", "cascade")
-    assert cell.speedup is cell.low is cell.worst is cell.tokens_per_second is None
-
-
-def test_without_the_baseline_there_is_no_speed_up():
-    with pytest.raises(ConfigError, match="'off'"):
-        summarise([row("code-1", "cascade", 10, 1.0)])
-
-
-def test_the_interval_of_a_constant_ratio_is_a_point():
-    before = np.array([1.0, 5.0, 0.3])
-    pairs = Pairs(before, before / 1.25, ("a", "a", "a"), ("1", "2", "3"))
-    assert interval(pairs) == pytest.approx((1.25, 1.25))
-    for few in (1, 2):
-        asked = ("1", "2")[:few]
-        assert interval(Pairs(before[:few], before[:few], ("a",) * few, asked)) is None
-
-
-FORTY = tuple(str(i) for i in range(40))
-
-
-def test_to_measure_the_same_prompts_again_makes_no_interval_narrower():
-    """Another model, temperature or seed is another measurement, but no other prompt."""
-    random = np.random.default_rng(3)
-    before, after = np.ones(40), random.uniform(0.5, 1.0, size=40)
-    once = interval(Pairs(before, after, ("a",) * 40, FORTY))
-    twice = interval(Pairs(np.tile(before, 2), np.tile(after, 2), ("a",) * 80, FORTY * 2))
-    assert once == pytest.approx(twice)
-    rows = [row("code-1", "off", 100, 2.0), row(f"code-1{REPEATED}2", "cascade", 100, 1.0)]
-    assert {unit.asked for unit in units(rows)} == {"code-1"}
-
-
-@pytest.mark.parametrize(("prompts", "tasks"), [(40, "a"), (4, "a"), (9, "abc"), (6, "abc")])
-def test_the_interval_covers_the_truth_about_as_often_as_it_says(prompts: int, tasks: str):
-    random = np.random.default_rng(7)
-    covered = 0
-    for i in range(200):
-        before = random.uniform(1, 2, size=prompts)
-        after = before / 1.3 * random.lognormal(-0.02, 0.2, size=prompts)  # mean factor 1
-        of = tuple(tasks[j % len(tasks)] for j in range(prompts))
-        ends = interval(Pairs(before, after, of, FORTY[:prompts]), seed=i)
-        assert ends is not None
-        covered += ends[0] <= 1.3 <= ends[1]
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_that_tasks_differ_does_not_widen_the_interval_of_their_mix():
-    before = np.ones(40)
-    after = np.array([0.5, 1.0] * 20)  # two tasks, each constant
-    mixed = interval(Pairs(before, after, ("a", "b") * 20, FORTY))
-    assert mixed == pytest.approx((40 / 30, 40 / 30))
-
-
-def test_blocks_are_compared_by_their_own_time_and_all_their_tokens():
-    def two(policy: str, seconds: float) -> list[Row]:
-        fields = {"concurrency": 2, "block": policy, "block_seconds": seconds, "policy": policy}
-        return [
-            replace(ROW, prompt="code-1", tokens=30, **fields),  # type: ignore[arg-type]
-            replace(ROW, prompt="math-1", task="math", tokens=10, **fields),  # type: ignore[arg-type]
-        ]
-
-    cells = summarise([*two("off", 4.0), *two("cascade", 2.0)])
-    assert [c.workload for c in cells] == [ALL, ALL]
-    cell = cell_of(cells, ALL, "cascade")
-    assert cell.speedup == pytest.approx(2.0)
-    assert cell.tokens_per_second == pytest.approx(20.0)
-    assert cell.requests == 2
-
-
-def test_conditions_are_kept_apart():
-    rows = [row("code-1", "off", 10, 1.0), row("code-1", "cascade", 10, 0.5)]
-    rows += [replace(r, temperature=0.8, decode_seconds=1.0) for r in rows]
-    cells = summarise(rows)
-    found = {(c.temperature, c.policy): c.speedup for c in cells}
-    assert found[0.0, "cascade"] == pytest.approx(2.0)
-    assert found[0.8, "cascade"] == pytest.approx(1.0)
-
-
-def test_too_wide_an_interval_says_that_it_cannot_tell():
-    rows = [row(f"code-{i}", "off", 10, 1.0) for i in range(8)]
-    rows += [row(f"code-{i}", "a", 10, 0.5 if i % 2 else 1.6) for i in range(8)]
-    rows += [row(f"code-{i}", "b", 10, 0.8) for i in range(8)]
-    rows += [row(f"code-{i}", "c", 10, 1.2) for i in range(8)]
-    cells = summarise(rows)
-    found = {policy: cell_of(cells, "code", policy).verdict for policy in "abc"}
-    assert found == {"a": "cannot tell", "b": "faster", "c": "slower"}
-
-
-def test_what_is_fastest_is_said_only_where_its_interval_is_above_the_others():
-    rows = [row(f"code-{i}", "off", 10, 1.0) for i in range(8)]
-    rows += [row(f"code-{i}", "a", 10, 0.5 if i % 2 else 1.0) for i in range(8)]
-    rows += [row(f"code-{i}", "b", 10, 0.8) for i in range(8)]
-    assert fastest(summarise(rows)) is None  # a is, but its interval holds what b has
-    assert fastest(c for c in summarise(rows) if c.policy != "a") == "b"
-    assert fastest(c for c in summarise(rows) if c.policy == "off") is None
-    assert fastest([]) is None
-    # What was asked more is not compared with what was asked less.
-    rows += [row(f"code-{i}", "c", 10, 0.9) for i in range(8)]
-    assert fastest(c for c in summarise(rows) if c.policy in ("b", "c")) == "b"
-    rows += [
-        row(f"math-{i}", p, 10, 1.0 - 0.2 * (p == "b")) for i in range(8) for p in ("off", "b")
-    ]
-    assert fastest(c for c in summarise(rows) if c.policy in ("b", "c")) is None
-
-
-def test_any_policy_can_be_the_one_to_compare_with():
-    rows = [row("code-1", "static:3", 10, 1.0), row("code-1", "cascade", 10, 0.8)]
-    cell = cell_of(summarise(rows, baseline="static:3"), "code", "cascade")
-    assert cell.speedup == pytest.approx(1.25)
-
-
-def test_the_best_fixed_k_is_known_in_hindsight():
-    rows = [row("code-1", "off", 10, 1.0), row("code-1", "cascade", 10, 0.1)]
-    rows += [row("code-1", f"static:{k}", 10, abs(k - 3) + 0.5) for k in (1, 3, 8)]
-    best = best_static(summarise(rows))
-    assert best is not None
-    assert best.policy == "static:3"
-    assert best_static([]) is None
 
 
 def kept(**fields: object) -> results.Results:
@@ -714,7 +412,7 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
 
 def test_results_say_where_they_come_from():
     made = kept()
-    assert made.schema == "moecascade.results/1"
+    assert made.schema == "moecascade.results/2"
     assert made.machine["cores"] >= 1
     assert {"python", "numpy"} <= set(made.versions)
     assert made.created.endswith("+00:00")
@@ -747,14 +445,3 @@ def test_files_of_another_kind_are_refused(tmp_path, text: str, words: str):
 def test_a_missing_results_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.json: no such file"):
         results.read(tmp_path / "gone.json")
-
-
-def test_the_plot_is_drawn_with_missing_values_left_out(tmp_path):
-    image = pytest.importorskip("matplotlib.image")
-    rows = [row("code-1", "off", 10, 1.0), row("math-1", "off", 0, 0.0)]
-    rows += [row("code-1", "static:3", 10, 0.5), row("math-1", "static:3", 0, 0.0)]
-    path = tmp_path / "plots" / "demo.png"
-    plots.speedups(summarise(rows), path, "Title", "Caption")
-    pixels = image.imread(path)
-    assert pixels.shape[1] > pixels.shape[0] > 500
-    assert pixels.std() > 0.05  # something is on it

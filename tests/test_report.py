@@ -11,21 +11,22 @@ import subprocess
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from moecascade.cli.demo import table
 from moecascade.errors import ConfigError
 from moecascade.evaluation import results
-from moecascade.evaluation.report import diagnostics
+from moecascade.evaluation.report import charts, speedups, tables
 from moecascade.evaluation.report import page as reporting
-from moecascade.evaluation.report.diagnostics import r_squared, ratio, step_times, utility_points
-from moecascade.evaluation.report.headline import findings
-from moecascade.evaluation.report.speedups import best_static, condition_of, summarise
-from moecascade.evaluation.request_record import AtK, Row
-from moecascade.evaluation.workloads import ALL
-from tests.test_bench import ROW
+from moecascade.evaluation.report.analysis import Analysis, analyse
+from moecascade.evaluation.report.headline import Number, headline
+from moecascade.evaluation.report.roles import HINDSIGHT
+from moecascade.evaluation.report.speedups import compare
+from moecascade.evaluation.report.statistics import Speedup
+from moecascade.evaluation.request_record import AtK, Engine, Row
+from tests.rows import ENGINE, ROW, row
 
 POLICIES = ("off", "vllm", "static:1", "static:3", "static:8", "cascade", "marginal", "bandit")
 COST = {0: 1.0, 1: 1.3, 3: 1.7, 8: 2.4}
@@ -41,10 +42,25 @@ def measured(
     right = sum(ACCEPTANCE[task] ** j for j in range(1, k + 1)) * (1 - temperature / 2)
     emitted = 100 + round(50 * right)
     noise = rng.lognormvariate(0, 0.03)
-    at = [AtK(0, 50, 50, 50 * 0.02 * noise, 50.0, 0.05)]
-    at += [AtK(k, 50, emitted - 50, 50 * 0.02 * COST[k] * noise, emitted - 52.0, 0.08)]
-    seconds = sum(part.seconds for part in at)
-    seen = replace(
+    times = [50 * 0.02 * noise, 50 * 0.02 * COST[k] * noise]
+    at = (
+        AtK(0, 50, 50, times[0], 49, 49, 49.0, 0.05),
+        AtK(k, 50, emitted - 50, times[1], 50, emitted - 50, emitted - 52.0, 0.08),
+    )
+    seconds = sum(times)
+    engine = Engine(
+        steps=100,
+        emitted=emitted,
+        drafted=50 * k,
+        k_total=50 * k,
+        steps_at_0=50 if k else 100,
+        seconds=seconds,
+        controller_seconds=100 * 40e-6,
+        handover_seconds=0.03 * seconds,
+        by_k=at if k else (AtK(0, 100, 100, seconds, 99, 99),),
+        series=tuple((k * (i % 2), 1 + k * (i % 2), 0.02, 1.1) for i in range(40)),
+    )
+    return replace(
         ROW,
         policy=policy,
         task=task,
@@ -53,22 +69,8 @@ def measured(
         tokens=emitted + 1,
         decoded=emitted,
         decode_seconds=seconds,
-        steps=100,
-        emitted=emitted,
-        drafted=50 * k,
-        k_total=50 * k,
-        steps_at_0=50 if k else 100,
-        step_seconds=seconds,
-        controller_seconds=100 * 40e-6,
-        handover_seconds=0.03 * seconds,
-        by_k=tuple(at) if k else (AtK(0, 100, 100, seconds),),
-        drafted_at=(50,) * k,
-        accepted_at=tuple(round(50 * ACCEPTANCE[task] ** (j + 1)) for j in range(k)),
-        series=tuple((k * (i % 2), 1 + k * (i % 2), 0.02, 1.1) for i in range(40)),
+        engine=None if policy == "vllm" else engine,  # its steps are not logged
     )
-    if policy == "vllm":  # its steps are not logged
-        return replace(seen, steps=0, emitted=0, step_seconds=0.0, by_k=(), series=())
-    return seen
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +83,10 @@ def rows() -> list[Row]:
         for i in range(4)
         for policy in POLICIES
     ]
-    dense = [replace(r, model="dense", step_seconds=r.step_seconds) for r in made]
+    dense = [replace(r, model="dense") for r in made]
     crowd = [
         replace(
-            r,
-            concurrency=4,
-            block=f"mc-{r.run}-{r.policy}-{r.prompt[-1]}",
-            block_seconds=r.decode_seconds,
+            r, concurrency=4, block=f"{r.policy}-{r.prompt[-1]}", block_seconds=r.decode_seconds
         )
         for r in made
         if r.temperature == 0 and r.policy in ("off", "marginal")
@@ -96,10 +95,20 @@ def rows() -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def found(rows: list[Row]) -> results.Results:
+def other(rows: list[Row]) -> list[Row]:
+    """A run that varies a policy's settings."""
+    return [
+        replace(r, run="f0000000", policy=policy)
+        for r in rows
+        for policy in ("off", "cascade", "cascade[backoff=1]")
+        if r.policy == policy.partition("[")[0] and (r.model, r.concurrency) == ("local", 1)
+    ]
+
+
+def kept(rows: list[Row], **arguments: Any) -> results.Results:
     return results.collect(
         "bench",
-        arguments={"models": ["local", "dense"], "policies": list(POLICIES), "seed": 0},
+        arguments={"models": ["local"], "policies": list(POLICIES), "seed": 0, **arguments},
         models=[{"name": "local"}, {"name": "dense"}],
         servers=[],
         rows=[results.plain(row) for row in rows],
@@ -107,129 +116,66 @@ def found(rows: list[Row]) -> results.Results:
     )
 
 
+@pytest.fixture(scope="module")
+def analysis(rows: list[Row]) -> Analysis:
+    return analyse(rows)
+
+
+def over(analysis: Analysis, policy: str, other: str, at_once: int = 1) -> Speedup | None:
+    """The comparison of that name."""
+    of = {(c.policy, c.over, c.concurrency): c.speedup for c in analysis.main.comparisons}
+    return of.get((policy, other, at_once))
+
+
+def number(analysis: Analysis, what: str) -> Number:
+    """The one line of the first table that begins so."""
+    (found,) = [of for of in headline(analysis) if of.what.startswith(what)]
+    return found
+
+
 # ---- what is analysed ----------------------------------------------------------------------------
 
 
-def test_step_times_are_over_the_same_prompts_without_drafts(rows: list[Row]) -> None:
-    curve = step_times(row for row in rows if row.model == "local")
-    assert [at.k for at in curve] == [0, 1, 3, 8]
-    for at in curve:
-        assert at.cost == pytest.approx(COST[at.k], rel=0.05)
-        assert at.low <= at.cost <= at.high
+def test_step_times_are_over_the_same_prompts_without_drafts(analysis: Analysis) -> None:
+    assert list(analysis.diagnostics.step_times) == ["local", "dense"]
+    for curve in analysis.diagnostics.step_times.values():
+        assert [at.k for at in curve] == [0, 1, 3, 8]
+        for at in curve:
+            assert at.cost == pytest.approx(COST[at.k], rel=0.05)
+            assert at.low <= at.cost <= at.high
 
 
-def test_a_k_that_was_hardly_seen_is_left_out() -> None:
-    base = replace(ROW, by_k=(AtK(0, 100, 100, 2.0),))
-    rare = replace(ROW, policy="cascade", by_k=(AtK(0, 96, 96, 1.92), AtK(2, 4, 8, 0.2)))
-    assert [at.k for at in step_times([base, rare])] == [0]
+def test_a_k_that_was_hardly_seen_or_not_timed_is_left_out() -> None:
+    def with_steps(*by_k: AtK) -> Row:
+        return replace(ROW, policy="cascade", engine=replace(ENGINE, by_k=by_k))
+
+    plain, rare = AtK(0, 96, 96, 1.92, 95, 95), AtK(2, 4, 8, 0.2, 4, 8)
+    untimed, often = AtK(3, 90, 90, None, 90, 90), AtK(4, 90, 90, 3.6, 90, 90)
+    found = analyse([ROW, with_steps(plain, rare, untimed, often)]).diagnostics
+    assert [(at.k, round(at.cost, 6)) for at in found.step_times["local"]] == [(0, 1.0), (4, 2.0)]
+    # All of a request's time is unknown where some of it is: no point of it among the others'.
+    assert found.k_shares["cascade"][3] == pytest.approx(90 / 280)
 
 
-def test_utility_is_the_speed_up_where_users_see_what_the_engine_measures(rows: list[Row]) -> None:
-    points = utility_points(rows)
-    assert len(points) == 2 * 2 * 3 * 6  # models, temperatures, tasks, policies with steps
-    assert r_squared(points) == pytest.approx(1.0, abs=1e-3)
+def test_utility_is_the_speed_up_where_users_see_what_the_engine_measures(
+    rows: list[Row], analysis: Analysis
+) -> None:
+    found = analysis.diagnostics
+    assert len(found.utility) == 2 * 2 * 3 * 6  # models, temperatures, tasks, policies with steps
+    assert found.r_squared == pytest.approx(1.0, abs=1e-3)
     # A user who waits for something else as well breaks it.
     slow = [
         replace(row, decode_seconds=2 * row.decode_seconds) if row.policy == "static:8" else row
         for row in rows
+        if row.concurrency == 1
     ]
-    found = r_squared(utility_points(slow))
-    assert found is not None
-    assert found < 0.9
+    squared = analyse(slow).diagnostics.r_squared
+    assert squared is not None
+    assert squared < 0.9
 
 
-def test_a_ratio_is_of_the_pairs_that_both_ran(rows: list[Row]) -> None:
-    found = ratio(rows, "static:8", "static:8")
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
-    ahead, behind = ratio(rows, "static:3", "static:1"), ratio(rows, "static:1", "static:3")
-    assert ahead is not None
-    assert behind is not None
-    # The other way round, but for the weights of the pairs.
-    assert ahead.value == pytest.approx(1 / behind.value, rel=0.05)
-    assert ratio(rows, "static:3", "nobody") is None
-    assert ratio([], "static:3", "static:1") is None
-
-
-def test_a_short_runs_ratio_has_an_interval_all_the_same(rows: list[Row]) -> None:
-    first: dict[tuple[str, float, str], str] = {}
-    for row in rows:
-        first.setdefault((row.model, row.temperature, row.task), row.prompt)
-    short = [row for row in rows if first[row.model, row.temperature, row.task] == row.prompt]
-    found = ratio(short, "static:3", "static:1")
-    assert found is not None
-    assert found.pairs == len(first)  # one for each task under each condition
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low <= found.value <= found.high
-    # With one task under one condition there is nothing to draw from.
-    (one,) = {(r.model, r.temperature) for r in short[:1]}
-    alone = [r for r in short if (r.model, r.temperature) == one and r.task == short[0].task]
-    single = ratio(alone, "static:3", "static:1")
-    assert single is not None
-    assert (single.pairs, single.low) == (1, None)
-
-
-def test_the_best_static_k_is_chosen_for_each_condition(rows: list[Row]) -> None:
-    best = diagnostics.hindsight(rows)
-    assert {c.concurrency for c in best} == {1}
-    for condition, spec in best.items():
-        speed = {
-            cell.policy: cell.speedup or 0.0
-            for cell in summarise(rows)
-            if (cell.condition, cell.workload) == (condition, ALL)
-            and cell.policy.startswith("static:")
-        }
-        assert len(speed) == 3
-        assert spec == max(speed, key=speed.__getitem__)
-    chosen = diagnostics.with_hindsight(rows)
-    assert {row.policy for row in chosen} == {diagnostics.HINDSIGHT}
-    assert len(chosen) == sum(
-        row.concurrency == 1 and row.policy in best.values()
-        for row in rows
-        if best.get(condition_of(row)) == row.policy
-    )
-
-
-def test_static_ks_are_compared_on_what_all_of_them_were_asked(rows: list[Row]) -> None:
-    best = diagnostics.hindsight(rows)
-    # A further run, in which one of them met easier prompts: a thousand times faster.
-    further = [
-        replace(
-            row,
-            request="mc-ffffffff-00001",
-            decode_seconds=row.decode_seconds / (1000 if row.policy == "static:1" else 1),
-        )
-        for row in rows
-        if row.policy in ("off", "static:1", "cascade")
-    ]
-    assert {row.run for row in further} == {"ffffffff"}
-    assert diagnostics.hindsight([*rows, *further]) == best
-    assert "static:1" in diagnostics.hindsight(further).values()  # alone it is what there is
-    # What was chosen is compared with in both runs.
-    chosen = diagnostics.with_hindsight([*rows, *further])
-    assert len(chosen) >= len(diagnostics.with_hindsight(rows))
-
-
-def test_what_a_policy_saw_is_compared_with_what_came(rows: list[Row]) -> None:
-    told = [replace(row, utility=1.5) if row.policy == "marginal" else row for row in rows]
-    points = diagnostics.foreseen(told, "marginal")
-    assert {(p.policy, round(p.utility, 9)) for p in points} == {("marginal", 1.5)}
-    measured = {
-        (p.condition, p.task): p.speedup for p in utility_points(rows) if p.policy == "marginal"
-    }
-    assert {(p.condition, p.task): p.speedup for p in points} == pytest.approx(measured)
-    assert diagnostics.foreseen(rows, "marginal") == []  # where nothing was said there is no point
-
-
-def test_acceptance_is_by_place_in_the_draft(rows: list[Row]) -> None:
-    curve = diagnostics.acceptance(r for r in rows if r.task == "code" and r.policy == "static:8")
-    assert len(curve) == 8
-    assert curve == pytest.approx([0.8**j for j in range(1, 9)], abs=0.02)
-
-
-def test_foresight_is_kept_apart_by_drafts(rows: list[Row]) -> None:
-    none, eight = diagnostics.calibration(rows, "marginal")
+def test_foresight_is_kept_apart_by_drafts(analysis: Analysis) -> None:
+    none, eight = analysis.diagnostics.calibration["marginal"]
     assert (none.k, none.expected, none.time_error) == (0, None, 0.05)
     assert (eight.k, eight.time_error) == (8, 0.08)
     assert eight.expected is not None
@@ -237,106 +183,73 @@ def test_foresight_is_kept_apart_by_drafts(rows: list[Row]) -> None:
     assert eight.accepted - eight.expected == pytest.approx(2 / 50 / 8)
 
 
-# ---- what is written -----------------------------------------------------------------------------
+def test_overhead_and_shares_of_k_are_of_all_steps(analysis: Analysis) -> None:
+    found = analysis.diagnostics
+    assert found.k_shares["static:8"] == {0: 0.5, 8: 0.5}
+    assert "vllm" not in found.k_shares  # its steps are not known
+    assert "vllm" not in found.overheads
+    assert found.overheads["off"].handover == pytest.approx(0.03)
+    assert found.overheads["off"].deciding == pytest.approx(40e-6 / 0.02, rel=0.05)
 
 
-def test_every_plot_of_the_evaluation_is_there(found: results.Results) -> None:
-    names = {picture.name for picture in reporting.build([found]).pictures}
-    wanted = {
-        "overview",
-        "step-times",
-        "speedups-local-t0",
-        "speedups-local-t08",
-        "speedups-dense-t0",
-    }
-    wanted |= {"utility", "acceptance", "course", "k-shares", "foresight", "throughput-local"}
-    assert wanted <= names
+def test_a_comparison_is_of_the_pairs_that_both_ran(rows: list[Row]) -> None:
+    same = compare(rows, "static:8", "static:8")
+    assert same is not None
+    assert (same.value, same.low, same.high) == pytest.approx((1.0, 1.0, 1.0))
+    ahead, behind = compare(rows, "static:3", "static:1"), compare(rows, "static:1", "static:3")
+    assert ahead is not None
+    assert behind is not None
+    # The other way round, but for the weights of the pairs.
+    assert ahead.value == pytest.approx(1 / behind.value, rel=0.05)
+    assert compare(rows, "static:3", "nobody") is None
+    assert compare([], "static:3", "static:1") is None
 
 
-def test_runs_that_vary_settings_have_tables_of_their_own(found: results.Results) -> None:
-    other = [
-        {**values, "request": values["request"].replace("mc-", "mc-f", 1)[:-1], "policy": policy}
-        for values in found.rows
-        for policy in ("off", "cascade", "cascade[backoff=1]")
-        if values["policy"] == policy.partition("[")[0]
-        and (values["model"], values["concurrency"]) == ("local", 1)
-    ]
-    whole = reporting.build([found, replace(found, rows=other)])
-    alone = reporting.build([found])
-    assert whole.cells == alone.cells
-    assert {cell.policy for cell in whole.varied} == {"off", "cascade", "cascade[backoff=1]"}
-    titles = [table.title for table in reporting.tables(whole)]
-    assert titles[0] == "All tasks together"
-    assert titles[-1] == "Other settings: local, temperature 0.8"
-    assert "settings-local-t08" in {picture.name for picture in whole.pictures}
-    (line,) = [f.ours for f in whole.findings if "without back-off" in f.what]
-    assert "K = 0 in" in line
-    assert "; worst workload " in line
-    page = reporting.html(whole)
-    assert "cascade without back-off (backoff = 1)" in page  # what a spec with settings means
-    assert "test-and-set on measured utility" in page
-    console = Console(file=StringIO(), width=120)
-    console.print(table(whole.varied, "", ""))
-    assert isinstance(console.file, StringIO)
-    assert "cascade[backoff=1]" in console.file.getvalue()
-    only = reporting.build([replace(found, rows=other)])
-    assert [table.title for table in reporting.tables(only)] == titles[-2:]
+def test_ours_are_compared_with_all_others_in_their_own_crowd(
+    rows: list[Row], analysis: Analysis
+) -> None:
+    single = [row for row in rows if row.concurrency == 1]
+    for other in POLICIES:
+        expected = None if other == "marginal" else compare(single, "marginal", other)
+        assert over(analysis, "marginal", other) == expected
+    assert over(analysis, "off", "vllm") == compare(single, "off", "vllm")
+    crowd = [row for row in rows if row.concurrency == 4]
+    assert over(analysis, "marginal", "off", 4) == compare(crowd, "marginal", "off")
+    # In hindsight a K can be chosen where several ran, and nothing is better than the best.
+    best = over(analysis, "marginal", HINDSIGHT)
+    assert best is not None
+    assert best.value == min(
+        of.value for k in (1, 3, 8) if (of := over(analysis, "marginal", f"static:{k}"))
+    )
+    assert over(analysis, "marginal", HINDSIGHT, 4) is None
 
 
-def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(found: results.Results) -> None:
-    slow = [
-        {
-            **row,
-            **{name: 3 * row[name] for name in ("decode_seconds", "step_seconds", "block_seconds")},
-            "by_k": [{**at, "seconds": 3 * at["seconds"]} for at in row["by_k"]],
-        }
-        for row in found.rows
-    ]
-    once = reporting.build([found])
-    twice = reporting.build([found, replace(found, rows=slow), found])
-    assert len(twice.rows) == 3 * len(once.rows)
-    for cell, again in zip(once.cells, twice.cells, strict=True):
-        assert (again.condition, again.policy, again.workload) == (
-            cell.condition,
-            cell.policy,
-            cell.workload,
-        )
-        assert len(again.each) == 3 * len(cell.each)
-        assert again.speedup == pytest.approx(cell.speedup)
+def test_runs_that_vary_settings_are_kept_apart(rows: list[Row], other: list[Row]) -> None:
+    whole, alone = analyse([*rows, *other]), analyse(rows)
+    assert whole.main == alone.main
+    assert whole.diagnostics == alone.diagnostics
+    assert {cell.policy for cell in whole.varied.cells} == {"off", "cascade", "cascade[backoff=1]"}
+    assert alone.varied.cells == ()
+    only = analyse(other)
+    assert only.main.cells == ()
+    assert only.varied == whole.varied
 
 
-def test_the_summary_names_what_was_measured_and_how_to_repeat_it(found: results.Results) -> None:
-    text = reporting.markdown(reporting.build([found]))
-    cells = {(c.policy, c.workload): c for c in summarise(reporting.build([found]).rows)}
-    speedup = cells["static:3", "code"].speedup
-    assert f"{speedup:.2f}" in text
-    for words in (
-        "utility against measured speed-up",
-        "0.994",
-        "vLLM without us",
-        "3.0% of a step until",
-        "| `bandit` |",
-    ):
-        assert words in text
-    assert "moecascade bench --models local,dense --policies off,vllm," in text
+# ---- what is said --------------------------------------------------------------------------------
 
 
-def test_the_worst_workload_is_the_worst_however_few_its_prompts(rows: list[Row]) -> None:
-    """One with an interval is named beside it, not in its place."""
-    few = [row for row in rows if row.policy in ("off", "cascade") and row.concurrency == 1]
-    first = next(row for row in few if row.policy == "off" and row.task == "math")
-    alone = [
-        replace(first, task="tools", policy="off"),
-        replace(first, task="tools", policy="cascade", decode_seconds=2 * first.decode_seconds),
-    ]
-    made = findings([*few, *alone], [*few, *alone], summarise([*few, *alone]), [], [])
-    (line,) = [f.ours for f in made if f.what.startswith("cascade: worst workload")]
-    assert line.startswith("100.0% slower (tools")  # it takes twice the time
-    assert "too few prompts for an interval" in line
-    assert "; with an interval: " in line
+def test_the_worst_workload_is_the_worst_however_few_its_prompts() -> None:
+    few = [row(f"code-{i}", policy, 10, 1.0) for i in range(4) for policy in ("off", "cascade")]
+    alone = [row("tools-1", "off", 10, 1.0), row("tools-1", "cascade", 10, 2.0)]
+    worst = number(analyse([*few, *alone]), "cascade: worst workload")
+    assert (worst.value, worst.low, worst.behind) == (0.5, None, "tools, local")
+    (line,) = tables.first([worst]).lines
+    assert str(line[1]) == "100.0% slower"  # it takes twice the time
 
 
-def test_findings_that_compare_policies_are_of_one_request_at_a_time(rows: list[Row]) -> None:
+def test_headline_numbers_that_compare_policies_are_of_one_request_at_a_time(
+    rows: list[Row],
+) -> None:
     """In a crowd few policies ran, and a block weighs as much as many requests."""
     alone = [row for row in rows if row.concurrency == 1]
     crowd = [
@@ -344,61 +257,155 @@ def test_findings_that_compare_policies_are_of_one_request_at_a_time(rows: list[
         for row in alone
         if row.policy in ("off", "vllm", "cascade", "static:3")
     ]
-
-    def said(of: list[Row]) -> dict[str, str]:
-        return {f.what: f.ours for f in findings(of, of, summarise(of), [], [])}
-
-    first, both = said(alone), said([*alone, *crowd])
-    for what in first:
-        assert "at once" in what or both[what] == first[what], what
-    assert "4 at once: " in both["cascade: throughput against no speculation"]
-    # With one fixed K there was no table to choose.
-    assert "cascade: throughput against the best table of K" not in both
-    more = [replace(r, policy="static:8", block="8") for r in crowd if r.policy == "static:3"]
-    slower = [replace(row, block_seconds=90.0) for row in more]
-    tabled = said([*alone, *crowd, *slower])["cascade: throughput against the best table of K"]
-    assert tabled.startswith("4 at once: +0.0%")  # all but the slower K took equally long
+    assert len(headline(analyse(alone))) > 8
+    assert headline(analyse([*alone, *crowd])) == headline(analyse(alone))
 
 
-def test_the_best_table_is_of_batch_sizes_at_which_there_was_a_choice(rows: list[Row]) -> None:
-    alone = [r for r in rows if (r.concurrency, r.model, r.temperature) == (1, "local", 0)]
-    crowd = [
-        replace(row, concurrency=4, block=row.policy, block_seconds=60.0)
-        for row in alone
-        if row.policy in ("off", "static:3")
+def test_a_headline_number_says_when_it_is_within_the_noise() -> None:
+    seconds = {"off": 1.0, "cascade": 1.0}
+    rows = [row(f"code-{i}", p, 10, s) for i in range(8) for p, s in seconds.items()]
+    rows += [row(f"code-{i}", "marginal", 10, 0.9 if i % 2 else 1.1) for i in range(8)]
+    (line,) = tables.first([number(analyse(rows), "marginal over cascade")]).lines
+    assert "within the noise" in str(line[2])
+    sure = [replace(r, decode_seconds=0.5) if r.policy == "marginal" else r for r in rows]
+    (line,) = tables.first([number(analyse(sure), "marginal over cascade")]).lines
+    assert [str(entry) for entry in line[1:3]] == [
+        "+100.0% (+100.0% - +100.0%)",
+        "8 pairs of 8 prompts",
     ]
-    both = [*alone, *crowd]
-    made = findings(both, both, summarise(both), [], [])
-    (line,) = [f.ours for f in made if f.what.startswith("the best table")]
-    best = best_static([c for c in summarise(alone) if c.workload == ALL])
-    assert best is not None
-    assert line == f"local, T = 0: K = {best.policy.removeprefix('static:')}"
 
 
-def test_a_finding_says_when_it_is_within_the_noise(rows: list[Row]) -> None:
-    same = [row for row in rows if row.policy in ("off", "cascade") and row.concurrency == 1]
-    rng = random.Random(1)
-    twin = [
-        replace(row, policy="marginal", decode_seconds=row.decode_seconds * rng.choice((0.9, 1.1)))
-        for row in same
-        if row.policy == "cascade"
+@pytest.fixture(scope="module")
+def made(rows: list[Row], other: list[Row]) -> reporting.Report:
+    return reporting.build([kept(rows), kept(other, flags=["--max-model-len", "4096"])])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, made: reporting.Report) -> Path:
+    """The report as a user gets it, written by the command's own code."""
+    out = tmp_path_factory.mktemp("report")
+    written = reporting.write(made, out)
+    assert written[0] == out / "report.html"
+    assert all(path.stat().st_size > 500 for path in written)
+    return written[0]
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def test_a_number_is_the_same_in_the_terminal_in_markdown_and_on_the_page(
+    made: reporting.Report, page: Path
+) -> None:
+    cell = next(
+        cell
+        for cell in made.analysis.main.cells
+        if (cell.workload, cell.policy) == ("code", "static:3")
+    )
+    assert cell.speedup is not None
+    low, high = cell.speedup.low, cell.speedup.high
+    number, within = f"{cell.speedup.value:.2f}", f"{low:.2f} - {high:.2f}"
+    screen = Console(file=StringIO(), width=120)
+    screen.print(tables.terminal(tables.tasks([cell], "")))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    for shown in (text, page.with_suffix(".md").read_text(encoding="utf-8")):
+        assert f"{number} ({within})" in shown
+    assert f"{number}<small>{within}</small>" in page.read_text(encoding="utf-8")
+
+
+def test_the_terminal_cuts_no_name_at_eighty_columns(other: list[Row]) -> None:
+    screen = Console(file=StringIO(), width=80)
+    cells = [cell for cell in speedups.cells(other) if "+" not in cell.workload]
+    screen.print(tables.terminal(tables.tasks(cells, "title", "note")))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "cascade[backoff=1]" in text
+    assert "…" not in text
+
+
+def test_every_chart_of_the_evaluation_is_there(rows: list[Row], other: list[Row]) -> None:
+    names = {chart.name for chart in charts.charts(analyse([*rows, *other]))}
+    assert names == {
+        "overview",
+        "step-times",
+        "utility",
+        "course",
+        "k-shares",
+        *(f"speedups-{at}" for at in ("local-t0", "local-t08", "dense-t0", "dense-t08")),
+        *(f"settings-{at}" for at in ("local-t0", "local-t08")),
+    }
+
+
+def test_the_page_has_a_table_for_every_question(made: reporting.Report, page: Path) -> None:
+    titles = [table.title for table in made.speedups]
+    assert titles[0] == "All tasks together"
+    assert "local, temperature 0, 4 requests in flight" in titles
+    assert titles[-2:] == [
+        "Other settings: local, temperature 0",
+        "Other settings: local, temperature 0.8",
     ]
-    made = findings([*same, *twin], [*same, *twin], summarise([*same, *twin]), [], [])
-    (line,) = [f.ours for f in made if f.what == "marginal over cascade"]
-    assert "within the noise" in line
+    assert "--max-model-len 4096" in made.speedups[-1].note
+    assert [table.title for table in made.others] == [
+        "Several requests at once, all tasks together",
+        "Ours over the others",
+        "Ours over other settings of them",
+        "What cascade expects, and what comes",
+        "What marginal expects, and what comes",
+    ]
+    text = page.read_text(encoding="utf-8")
+    for table in (*made.speedups, *made.others):
+        assert table.title in text
+    assert "cascade with backoff = 1" in text  # what a spec with settings means
+    assert "moecascade bench --models local --policies off,vllm," in text
+
+
+def test_a_run_that_is_repeated_is_compared_with_its_own_baseline(rows: list[Row]) -> None:
+    slow = [
+        replace(r, decode_seconds=3 * r.decode_seconds, block_seconds=3 * r.block_seconds)
+        for r in rows
+    ]
+    once, thrice = (
+        reporting.build(found).analysis
+        for found in ([kept(rows)], [kept(rows), kept(slow), kept(rows)])
+    )
+    assert thrice.requests == 3 * once.requests
+    for cell, again in zip(once.main.cells, thrice.main.cells, strict=True):
+        assert (again.condition, again.policy, again.workload) == (
+            cell.condition,
+            cell.policy,
+            cell.workload,
+        )
+        assert cell.speedup is not None
+        assert again.speedup is not None
+        assert again.speedup.pairs == 3 * cell.speedup.pairs
+        assert again.speedup.value == pytest.approx(cell.speedup.value)
 
 
 def test_results_without_a_baseline_or_of_another_kind_are_refused(
-    tmp_path: Path, found: results.Results
+    tmp_path: Path, rows: list[Row]
 ) -> None:
     with pytest.raises(ConfigError, match="no results in"):
         reporting.load([tmp_path])
-    broken = replace(found, rows=[{"request": "only"}])
     with pytest.raises(ConfigError, match="another version"):
-        reporting.build([broken])
-    only = [values for values in found.rows if values["policy"] == "cascade"]
+        reporting.build([replace(kept([]), rows=[{"request": "only"}])])
     with pytest.raises(ConfigError, match="'off'"):
-        reporting.build([replace(found, rows=only)])
+        reporting.build([kept([row for row in rows if row.policy == "cascade"])])
+
+
+def test_a_chart_is_drawn_with_missing_values_left_out(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    rows = [row("code-1", "off", 10, 1.0), row("math-1", "off", 0, 0.0)]
+    rows += [row("code-1", "static:3", 10, 0.5), row("math-1", "static:3", 0, 0.0)]
+    panels = {cell.workload: [cell] for cell in speedups.cells(rows)}
+    path = tmp_path / "charts" / "demo.png"
+    figure = charts.speedups(panels, narrow=False)
+    charts.save(figure, path, "Title " * 30, "Caption " * 60)
+    pixels = image.imread(path)
+    height, width, _ = pixels.shape
+    assert len(figure.texts) == 2  # title and caption: nothing is cut at an edge
+    for text in figure.texts:
+        box = text.get_window_extent()  # as it was drawn
+        assert 0 <= box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+    assert pixels.std() > 0.05  # something is on it
 
 
 # ---- what is seen --------------------------------------------------------------------------------
@@ -434,16 +441,6 @@ def browser() -> str:
             pytest.fail(lacking)
         pytest.skip(lacking)
     return path
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, found: results.Results) -> Path:
-    """The report as a user gets it, written by the command's own code."""
-    out = tmp_path_factory.mktemp("report")
-    written = reporting.write(reporting.build([found]), out)
-    assert written[0] == out / "report.html"
-    assert all(path.stat().st_size > 500 for path in written)
-    return written[0]
 
 
 @pytest.mark.parametrize(("width", "least"), [(400, 8.0), (1280, 9.0)])

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moecascade.cli.demo import table
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError, nearest
 from moecascade.evaluation import results, session, workloads
 from moecascade.evaluation.checkpoint import Journal
-from moecascade.evaluation.report.speedups import condition_of, summarise
+from moecascade.evaluation.report import speedups, tables
 from moecascade.evaluation.request_record import PLAIN
 from moecascade.evaluation.schedule import Plan, Settings
 from moecascade.vllm import support
@@ -213,7 +212,7 @@ def _keep(
         models=about,
         servers=served,
         rows=[results.plain(row) for row in journal.rows],
-        summary=[results.plain(cell) for cell in summarise(journal.rows)],
+        summary=[results.plain(cell) for cell in speedups.cells(journal.rows)],
     )
     results.write(out / RESULTS, found)
 
@@ -223,7 +222,6 @@ def _print(journal: Journal) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
-    for condition in dict.fromkeys(condition_of(row) for row in journal.rows):
-        rows = [row for row in journal.rows if condition_of(row) == condition]
-        shown = [cell for cell in summarise(rows) if "+" not in cell.workload]
-        console.print(table(shown, condition.title, ""))
+    for condition, across in speedups.by_workload(speedups.cells(journal.rows)).items():
+        shown = [c for workload, cells in across.items() if "+" not in workload for c in cells]
+        console.print(tables.terminal(tables.tasks(shown, condition.title)))

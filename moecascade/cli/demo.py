@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from moecascade.core.spec import split
 from moecascade.evaluation import results, session
 from moecascade.evaluation.checkpoint import Journal
-from moecascade.evaluation.report import plots
-from moecascade.evaluation.report.speedups import Cell, fastest, summarise
-from moecascade.evaluation.request_record import BASELINE
+from moecascade.evaluation.report import charts, speedups, tables
 from moecascade.evaluation.schedule import Plan, Settings
 from moecascade.evaluation.workloads import ALL, TASKS, apart, mix, own
 from moecascade.serving import machine
@@ -92,7 +86,7 @@ def demo(
     plan = Plan(mix(left, prompts_per_task), settings, warm)
     support.check_version()
     if plot:
-        plots.check_installed()
+        charts.check_installed()
     screen = Console(stderr=True)
     session.make_folder(out)
     arguments = {
@@ -114,7 +108,7 @@ def demo(
     finally:
         journal.close()
         rows_file.unlink(missing_ok=True)
-    cells = summarise(journal.rows)
+    cells = speedups.cells(journal.rows)
     found = results.collect(
         "demo",
         arguments=arguments,
@@ -130,65 +124,14 @@ def demo(
         print(kept[0].read_text(encoding="utf-8"), end="")
     else:
         caption = f"{NOTES} {_caption(found)}."
-        Console().print(table(singles, _title(about["name"]), caption))
+        Console().print(tables.terminal(tables.tasks(singles, _title(about["name"]), caption)))
     if plot:
         kept.append(out / "demo.png")
-        plots.speedups(
-            singles,
-            kept[1],
-            title=_title(about["name"]),
-            caption=f"{_caption(found)}; dots: single prompts",
-        )
+        (panels,) = speedups.by_workload(singles).values()
+        figure = charts.speedups(panels, narrow=False)
+        caption = f"{_caption(found)}; dots: single prompts"
+        charts.save(figure, kept[1], _title(about["name"]), caption)
     screen.print("Kept: " + ", ".join(str(path) for path in kept), soft_wrap=True)
-
-
-def table(cells: Sequence[Cell], title: str, caption: str) -> Table:
-    """Return the summary as a table, tasks one below the other; bold: see `summary.fastest`."""
-    shown = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    shown.add_column("task", no_wrap=True)
-    shown.add_column("policy", no_wrap=True)
-    for name in ("tok/s", "speed-up (95%)", "worst", "ETR", "mean K", "K = 0"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    best = {
-        task: fastest(cell for cell in cells if cell.workload == task)
-        for task in {cell.workload for cell in cells}
-    }
-    last = ""
-    for cell in cells:
-        if last and cell.workload != last:
-            shown.add_section()
-        name = "all three" if cell.workload == ALL else cell.workload
-        shown.add_row(
-            "" if cell.workload == last else name,
-            escape(cell.policy),
-            _number(cell.tokens_per_second, 1),
-            _speedup(cell),
-            _number(cell.worst, 2),
-            _number(cell.etr, 2),
-            _number(cell.mean_k, 2),
-            "" if cell.off_share is None else f"{cell.off_share:.0%}",
-            style="bold" if cell.policy == best[cell.workload] else None,
-        )
-        last = cell.workload
-    return shown
-
-
-def _speedup(cell: Cell) -> str:
-    text = _number(cell.speedup, 2)
-    if cell.policy == BASELINE or cell.low is None or cell.high is None:
-        return f"{text}{'':14}"
-    return f"{text} ({cell.low:.2f} - {cell.high:.2f})"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _title(model: str) -> str:

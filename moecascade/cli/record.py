@@ -69,7 +69,7 @@ def record(
         max_tokens=max_tokens,
         seed=seed,
     )
-    registry.create(policy, settings.max_k)
+    registry.settings_for(policy, settings.max_k)
     files, flags = files_and_flags(prompts or [])
     given = [*flags, *context.args]
     asked = workloads.mix(workloads.read(files), prompts_per_task)
@@ -80,7 +80,7 @@ def record(
         Request(f"mc-{0:08x}-{i:05d}", prompt, seed + i, drawn=False)
         for i, prompt in enumerate(asked)
     )
-    block = Block("record", policy, temperature, concurrency, 0, requests)
+    block = Block("record", "record", policy, temperature, concurrency, 0, requests)
     with tempfile.TemporaryDirectory(prefix="moecascade-") as scratch:
         log = Path(scratch) / "traces.jsonl"
         planned = command.plan(

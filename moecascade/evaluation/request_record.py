@@ -1,18 +1,19 @@
 """What is measured of one request: the row of all results, and how the step log becomes part of it.
 
 A client sees when tokens come; the step log says how the engine made them: K, drafts, step times,
-what the policy expected. A row holds both.
+what the policy expected. A row holds both. What was not measured is None, never 0.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-MARK = re.compile(r"mc-[0-9a-f]{8}-[0-9]{5}")
+MARK = re.compile(r"mc-([0-9a-f]{8})-[0-9]{5}")
 """Our names of requests; vLLM wraps them (``chatcmpl-NAME-1f2e3d4c``), so they are searched for."""
 
 PLAIN = "vllm"
@@ -29,23 +30,57 @@ class AtK:
         drafted: Drafts verified.
         steps: Steps.
         emitted: Tokens that they gave.
-        seconds: Their time.
-        expected_tokens: Tokens that the policy expected of those that can be judged, None where it
-            says nothing.
-        seconds_error: Median over all of ``|expected - measured| / measured`` step time, likewise.
+        seconds: Their time, None where that of one is not known.
         judged: How many steps show which drafts were right: all but the request's last step, where
-            the end of the answer may hide accepted drafts. 0 in rows of before 26 November 2026.
+            the end of the answer may hide accepted drafts.
         judged_emitted: Tokens that those gave.
+        expected_tokens: Tokens that the policy expected of those, None where it says nothing.
+        seconds_error: Median over all steps of ``|expected - measured| / measured`` step time,
+            likewise.
     """
 
     drafted: int
     steps: int
     emitted: int
-    seconds: float
+    seconds: float | None
+    judged: int
+    judged_emitted: int
     expected_tokens: float | None = None
     seconds_error: float | None = None
-    judged: int = 0
-    judged_emitted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What the step log says of a request's decode steps.
+
+    Attributes:
+        steps: Decode steps that it took part in.
+        emitted: Tokens that those steps gave it.
+        drafted: Draft tokens that those steps verified.
+        k_total: Sum over those steps of the draft length K that the policy chose.
+        steps_at_0: How many of them the policy ran at K = 0.
+        seconds: Their time as the engine measured it, None where that of one is not known;
+            `Row.decode_seconds` is what a user saw.
+        controller_seconds: Part of it that policies took.
+        handover_seconds: Part of it that drafts took from vLLM's worker to its scheduler.
+        by_k: The steps by drafts verified.
+        utility: What the policy took for the utility of its steps, on average by their time; None
+            where it says nothing.
+        series: Each step's (K, tokens, seconds or None, utility or None); empty but for the few
+            requests that are to be drawn.
+    """
+
+    steps: int
+    emitted: int
+    drafted: int
+    k_total: int
+    steps_at_0: int
+    seconds: float | None
+    controller_seconds: float
+    handover_seconds: float
+    by_k: tuple[AtK, ...]
+    utility: float | None = None
+    series: tuple[tuple[int, int, float | None, float | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +88,7 @@ class Row:
     """One measured request.
 
     Attributes:
+        run: The run that it was measured in; rows are compared within one.
         request: Its name, as in the step log.
         model: The model's name.
         prompt: The prompt's name.
@@ -69,26 +105,14 @@ class Row:
         decoded: Tokens generated after the first message of the stream.
         first_seconds: From sending to the first message (TTFT).
         decode_seconds: From the first message to the last.
-        gaps: Median, 95th and 99th percentile of the time between messages (ITL), in seconds.
+        gaps: Median, 95th and 99th percentile of the time between messages (ITL), in seconds; None
+            where there was a single message.
         finish_reason: Why it ended.
-        steps: Decode steps that it took part in. This and what follows is from the step log; zero
-            or empty where there was none.
-        emitted: Tokens that those steps gave it.
-        drafted: Draft tokens that those steps verified.
-        k_total: Sum over those steps of the draft length K that the policy chose.
-        steps_at_0: How many of them the policy ran at K = 0.
-        step_seconds: Their time as the engine measured it; `decode_seconds` is what a user saw.
-        controller_seconds: Part of it that policies took.
-        handover_seconds: Part of it that drafts took from vLLM's worker to its scheduler.
-        by_k: The steps by drafts verified.
-        accepted_at: How often the first, second, ... token of a draft was accepted, and
-        drafted_at: how often it was verified, in the steps that can be judged (`AtK.judged`).
-        utility: What the policy took for the utility of its steps, on average by their time; None
-            where it says nothing.
-        series: Each step's (K, tokens, seconds, utility or None); of few requests, to be drawn.
+        engine: What the step log says of it, None where there was none.
         text: What the model wrote; kept where results are small.
     """
 
+    run: str
     request: str
     model: str
     prompt: str
@@ -105,28 +129,10 @@ class Row:
     decoded: int
     first_seconds: float
     decode_seconds: float
-    gaps: tuple[float, float, float]
+    gaps: tuple[float, float, float] | None
     finish_reason: str
-    steps: int = 0
-    emitted: int = 0
-    drafted: int = 0
-    k_total: int = 0
-    steps_at_0: int = 0
-    step_seconds: float = 0.0
-    controller_seconds: float = 0.0
-    handover_seconds: float = 0.0
-    by_k: tuple[AtK, ...] = ()
-    accepted_at: tuple[int, ...] = ()
-    drafted_at: tuple[int, ...] = ()
-    utility: float | None = None
-    series: tuple[tuple[int, int, float, float | None], ...] = ()
+    engine: Engine | None = None
     text: str = ""
-
-    @property
-    def run(self) -> str:
-        """The run that it was measured in: rows are compared within one."""
-        match = MARK.search(self.request)
-        return match.group().split("-")[1] if match else ""
 
     @property
     def seconds_per_token(self) -> float:
@@ -135,100 +141,110 @@ class Row:
 
 
 def from_json(values: Mapping[str, Any]) -> Row:
-    """Return the row that JSON gave back as a mapping; TypeError where it is none.
+    """Return the row that JSON gave back as a mapping; KeyError or TypeError where it is none."""
+    known = dict(values) if "engine" in values else _from_schema_1(values)
+    engine, gaps = known["engine"], known["gaps"]
+    if engine is not None:
+        engine = Engine(
+            **{
+                **engine,
+                "by_k": tuple(AtK(**at) for at in engine["by_k"]),
+                "series": tuple(tuple(step) for step in engine["series"]),
+            }
+        )
+    return Row(**{**known, "gaps": gaps and tuple(gaps), "engine": engine})
 
-    Rows of 0.1.0's development have a `reference`, which nothing reads any more.
-    """
-    return Row(
-        **{
-            **{name: value for name, value in values.items() if name != "reference"},
-            "gaps": tuple(values["gaps"]),
-            "by_k": tuple(AtK(**at) for at in values["by_k"]),
-            "accepted_at": tuple(values["accepted_at"]),
-            "drafted_at": tuple(values["drafted_at"]),
-            "series": tuple(tuple(step) for step in values["series"]),
-        }
+
+def _from_schema_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of results/1: one flat object, the run in the request's name, 0 for unknown."""
+    gone = ("reference", "accepted_at", "drafted_at")
+    known = {name: value for name, value in values.items() if name not in gone}
+    run = MARK.search(known["request"])
+    seconds = known.pop("step_seconds")
+    engine = {name: known.pop(name) for name in Engine.__slots__ if name != "seconds"}
+    engine["seconds"] = seconds or None
+    return {**known, "run": run[1] if run else "", "engine": engine if engine["steps"] else None}
+
+
+class Step(NamedTuple):
+    """A request's part of a decode step, as the step log tells of it."""
+
+    k: int
+    drafted: int
+    emitted: int
+    seconds: float | None
+    controller: float
+    handover: float
+    utility: float | None
+    expected_tokens: float | None
+    expected_seconds: float | None
+
+
+def tally(log: Iterable[Mapping[str, Any]]) -> dict[str, list[Step]]:
+    """Return the decode steps of our requests, by name; steps with prefill do not count."""
+    found: dict[str, list[Step]] = defaultdict(list)
+    for line in log:
+        n = len(line["requests"])
+        for part in line["requests"] if line["decode"] else ():
+            if match := MARK.search(part["id"]):
+                step = Step(
+                    part["k"],
+                    part["drafted"],
+                    part["emitted"],
+                    line["seconds"],
+                    line.get("controller", 0.0) / n,
+                    line.get("handover", 0.0) / n,
+                    *map(part.get, ("utility", "expected_tokens", "expected_seconds")),
+                )
+                found[match.group()].append(step)
+    return found
+
+
+def summed(steps: Sequence[Step], keep_series: bool = False) -> Engine | None:
+    """Return a request's steps in sum, with the series where it is kept; None where none are."""
+    if not steps:
+        return None
+    told = [(step.utility, step.seconds) for step in steps if step.utility and step.seconds]
+    by_k: dict[int, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        by_k[step.drafted].append(i)
+    return Engine(
+        steps=len(steps),
+        emitted=sum(step.emitted for step in steps),
+        drafted=sum(step.drafted for step in steps),
+        k_total=sum(step.k for step in steps),
+        steps_at_0=sum(step.k == 0 for step in steps),
+        seconds=_sum(step.seconds for step in steps),
+        controller_seconds=sum(step.controller for step in steps),
+        handover_seconds=sum(step.handover for step in steps),
+        by_k=tuple(_at(k, steps, mine) for k, mine in sorted(by_k.items())),
+        utility=sum(u * s for u, s in told) / sum(s for _, s in told) if told else None,
+        series=tuple((s.k, s.emitted, s.seconds, s.utility) for s in steps if keep_series),
     )
 
 
-@dataclass(slots=True)
-class Steps:
-    """What the step log says of one request: the part of a `Row` of that name."""
-
-    series: list[tuple[int, int, float, float | None]] = field(default_factory=list)
-    controller_seconds: float = 0.0
-    handover_seconds: float = 0.0
-    _drafts: list[tuple[int, int]] = field(default_factory=list)
-    _expected: list[tuple[float | None, float | None]] = field(default_factory=list)
-
-    def add(
-        self, part: Mapping[str, Any], seconds: float, controller: float, handover: float
-    ) -> None:
-        """Count a step that took `seconds`; in them deciding, and the drafts' way to it."""
-        self.series.append((part["k"], part["emitted"], seconds, part.get("utility")))
-        self._drafts.append((part["drafted"], part["emitted"]))
-        self.controller_seconds += controller
-        self.handover_seconds += handover
-        time = part.get("expected_seconds")
-        error = abs(time - seconds) / seconds if seconds and time is not None else None
-        self._expected.append((part.get("expected_tokens"), error))
-
-    def fields(self, keep_series: bool) -> dict[str, Any]:
-        """Return the fields of a `Row`."""
-        drafts = [drafted for drafted, _ in self._drafts]
-        judged = self._drafts[:-1]
-        longest = max((drafted for drafted, _ in judged), default=0)
-        return {
-            "steps": len(self.series),
-            "emitted": sum(emitted for _, emitted in self._drafts),
-            "drafted": sum(drafts),
-            "k_total": sum(k for k, *_ in self.series),
-            "steps_at_0": sum(k == 0 for k, *_ in self.series),
-            "step_seconds": sum(seconds for _, _, seconds, _ in self.series),
-            "controller_seconds": self.controller_seconds,
-            "handover_seconds": self.handover_seconds,
-            "by_k": tuple(self._at(drafted) for drafted in sorted(set(drafts))),
-            "accepted_at": tuple(
-                sum(emitted > j + 1 and drafted > j for drafted, emitted in judged)
-                for j in range(longest)
-            ),
-            "drafted_at": tuple(sum(drafted > j for drafted, _ in judged) for j in range(longest)),
-            "utility": self._utility(),
-            "series": tuple(self.series) if keep_series else (),
-        }
-
-    def _utility(self) -> float | None:
-        known = [(u, seconds) for _, _, seconds, u in self.series if u is not None]
-        time = sum(seconds for _, seconds in known)
-        return sum(u * seconds for u, seconds in known) / time if time else None
-
-    def _at(self, drafted: int) -> AtK:
-        mine = [i for i, (verified, _) in enumerate(self._drafts) if verified == drafted]
-        judged = [i for i in mine if i + 1 < len(self._drafts)]
-        expected = [tokens for i in judged if (tokens := self._expected[i][0]) is not None]
-        errors = [error for i in mine if (error := self._expected[i][1]) is not None]
-        return AtK(
-            drafted=drafted,
-            steps=len(mine),
-            emitted=sum(self._drafts[i][1] for i in mine),
-            seconds=sum(self.series[i][2] for i in mine),
-            expected_tokens=sum(expected) if expected else None,
-            seconds_error=statistics.median(errors) if errors else None,
-            judged=len(judged),
-            judged_emitted=sum(self._drafts[i][1] for i in judged),
-        )
+def _at(k: int, steps: Sequence[Step], which: Sequence[int]) -> AtK:
+    mine = [steps[i] for i in which]
+    judged = [steps[i] for i in which if i + 1 < len(steps)]
+    expected = [s.expected_tokens for s in judged if s.expected_tokens is not None]
+    errors = [
+        abs(s.expected_seconds - s.seconds) / s.seconds
+        for s in mine
+        if s.expected_seconds is not None and s.seconds
+    ]
+    return AtK(
+        drafted=k,
+        steps=len(mine),
+        emitted=sum(step.emitted for step in mine),
+        seconds=_sum(step.seconds for step in mine),
+        judged=len(judged),
+        judged_emitted=sum(step.emitted for step in judged),
+        expected_tokens=sum(expected) if expected else None,
+        seconds_error=statistics.median(errors) if errors else None,
+    )
 
 
-def tally(log: Iterable[Mapping[str, Any]]) -> dict[str, Steps]:
-    """Return what a step log says of our requests, by name; steps with prefill do not count."""
-    found: dict[str, Steps] = {}
-    for step in log:
-        if not step["decode"]:
-            continue
-        n = len(step["requests"])
-        controller, handover = step.get("controller", 0.0) / n, step.get("handover", 0.0) / n
-        for part in step["requests"]:
-            if match := MARK.search(part["id"]):
-                seconds = step["seconds"] or 0.0
-                found.setdefault(match.group(), Steps()).add(part, seconds, controller, handover)
-    return found
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Return the sum, None where one of the values is not known."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)

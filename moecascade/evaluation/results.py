@@ -1,13 +1,13 @@
 """The one schema in which measurements are kept, and how they get to disk.
 
-    {"schema": "moecascade.results/1", "kind": "demo", "created": "2026-01-31T12:00:00+00:00",
+    {"schema": "moecascade.results/2", "kind": "demo", "created": "2026-01-31T12:00:00+00:00",
      "code": {"version": ..., "commit": ..., "modified": ...}, "arguments": {...}, "machine": {...},
      "versions": {...}, "models": [{...}], "servers": [{"command": [...], "environment": {...}}],
      "rows": [...], "summary": [...]}
 
-``rows`` are what was measured, one object for each request; ``summary`` is computed from them and
-could be computed again. What they hold is written down in `evaluation.request_record` and
-`evaluation.report.speedups`.
+``rows`` are what was measured, one object for each request (`evaluation.request_record.Row`);
+``summary`` are the speed-ups that follow from them (`evaluation.report.speedups.Cell`), for who
+reads the file without us. Files of results/1, whose rows were flat, are read as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from moecascade.errors import ConfigError
 from moecascade.serving import machine
 from moecascade.telemetry.files import write_whole
 
-SCHEMA = "moecascade.results/1"
+SCHEMA = "moecascade.results/2"
+READ = ("moecascade.results/1", SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Results:
         models: What was served: name, sizes.
         servers: Each one's command line and the environment variables set for it.
         rows: The measurements.
-        summary: What follows from them.
+        summary: The speed-ups that follow from them, with their intervals.
     """
 
     kind: str
@@ -138,6 +139,7 @@ def read(path: Path) -> Results:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON ({error}); give a results file") from None
     schema = values.get("schema") if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise ConfigError(f"{path}: schema is {schema!r}, this version reads {SCHEMA!r}")
+    if schema not in READ:
+        known = " and ".join(map(repr, READ))
+        raise ConfigError(f"{path}: schema is {schema!r}, this version reads {known}")
     return from_mapping(Results, values, str(path))

@@ -16,7 +16,7 @@ from moecascade.core import registry
 from moecascade.errors import SetupError, TooLongError
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.client import Reply, chat
-from moecascade.evaluation.request_record import BASELINE, PLAIN, Row, Steps, tally
+from moecascade.evaluation.request_record import BASELINE, PLAIN, Row, Step, summed, tally
 from moecascade.evaluation.schedule import Block, Plan, Request
 from moecascade.evaluation.workloads import Prompt
 from moecascade.serving import command
@@ -162,15 +162,16 @@ def rows_of(
     block: Block,
     replies: Sequence[Reply],
     seconds: float,
-    steps: Mapping[str, Steps],
+    steps: Mapping[str, Sequence[Step]],
     keep_text: bool,
 ) -> list[Row]:
     """Return a block's rows: the answers joined with the step log."""
     made = []
     for request, reply in zip(block.requests, replies, strict=True):
-        median, p95, p99 = np.percentile(reply.gaps or (0.0,), [50, 95, 99]).tolist()
+        gaps = tuple(np.percentile(reply.gaps, [50, 95, 99]).tolist()) if reply.gaps else None
         made.append(
             Row(
+                run=block.run,
                 request=request.id,
                 model=model,
                 prompt=request.prompt.id,
@@ -187,10 +188,10 @@ def rows_of(
                 decoded=reply.decoded,
                 first_seconds=reply.first_seconds,
                 decode_seconds=reply.decode_seconds,
-                gaps=(median, p95, p99),
+                gaps=gaps,
                 finish_reason=reply.finish_reason,
                 text=reply.text if keep_text else "",
-                **steps.get(request.id, Steps()).fields(request.drawn),
+                engine=summed(steps.get(request.id, ()), request.drawn),
             )
         )
     return made

@@ -52,7 +52,7 @@ class Settings:
         """Check the values; ConfigError names the first that is wrong."""
         for spec in self.policies:
             if spec != PLAIN:
-                registry.create(spec, registry.ANY_K)
+                registry.settings_for(spec, registry.ANY_K)
         for name in ("policies", "temperatures", "concurrencies"):
             _check_list(name, getattr(self, name))
         if self.max_tokens < 2:
@@ -122,6 +122,7 @@ class Block:
     """Requests that run together under one policy; see `rows.Row` for the names."""
 
     id: str
+    run: str
     policy: str
     temperature: float
     concurrency: int
@@ -190,13 +191,14 @@ class Plan:
         names = (f"mc-{run}-{number:05d}" for number in count())
         conditions = list(product(self.settings.temperatures, self.settings.concurrencies))
         by_condition = [
-            self._rounds(turned(self.prompts, part, len(conditions)), *condition, names)
+            self._rounds(run, turned(self.prompts, part, len(conditions)), *condition, names)
             for part, condition in enumerate(conditions)
         ]
         return [blocks for turn in zip_longest(*by_condition) for blocks in turn if blocks]
 
     def _rounds(
         self,
+        run: str,
         prompts: Sequence[Prompt],
         temperature: float,
         concurrency: int,
@@ -231,7 +233,7 @@ class Plan:
                 )
                 spec = specs[(turn + place) % len(specs)]
                 blocks.append(
-                    Block(requests[0].id, spec, temperature, concurrency, place, requests)
+                    Block(requests[0].id, run, spec, temperature, concurrency, place, requests)
                 )
             rounds.append(blocks)
         return rounds

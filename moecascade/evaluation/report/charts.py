@@ -1,21 +1,28 @@
-"""The report's figures: each a function from what was analysed to a matplotlib figure.
+"""The report's charts: which there are, how to read them, and how they are drawn.
 
-Every figure comes in two shapes, wide for screens and paper and narrow for phones, with text that
-is readable in both. matplotlib is imported here and in `evaluation.report.plots` only.
+Every chart comes in two shapes, wide for screens and paper and narrow for phones, with text that is
+readable in both. matplotlib is imported here only, and only when something is drawn.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moecascade.errors import SetupError
-from moecascade.evaluation.report.diagnostics import Calibration, StepTime, UtilityPoint
-from moecascade.evaluation.report.speedups import Cell
-from moecascade.evaluation.request_record import BASELINE, PLAIN, Row
+from moecascade.evaluation.report.analysis import Analysis
+from moecascade.evaluation.report.diagnostics import Course, StepTime, UtilityPoint
+from moecascade.evaluation.report.roles import static_k
+from moecascade.evaluation.report.speedups import Cell, Condition, by_workload, totals
+from moecascade.evaluation.request_record import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,20 +56,131 @@ STYLE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart of the report.
+
+    Attributes:
+        name: Of its file and its place in the page.
+        title: What it shows, as a statement where the data allow one.
+        text: How to read it.
+        draw: Makes it, narrow or wide.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[bool], Figure]
+
+
+INTERVALS = (
+    "Points: all prompts together; lines: 95% intervals, bootstrap over prompts; dots: single "
+    "prompts. Left of 1 a user waits longer than without speculation."
+)
+
+
+def charts(analysis: Analysis, flags: str = "") -> list[Chart]:
+    """Return the charts that the numbers allow.
+
+    Args:
+        analysis: The numbers.
+        flags: What the servers ran with where settings of policies were varied.
+    """
+    return [*_speedups(analysis, flags), *_diagnostics(analysis)]
+
+
+def _speedups(analysis: Analysis, flags: str) -> Iterable[Chart]:
+    """Yield an overview of the conditions, then each of them, one request at a time."""
+    together = {c.head: of for c, of in totals(analysis.main.cells).items() if c.concurrency == 1}
+    if len(together) > 1:
+        title = "Speed-up over no speculation, all tasks together"
+        yield Chart("overview", title, INTERVALS, partial(speedups, together))
+    with_flags = f"{INTERVALS} Servers ran with {flags}." if flags else INTERVALS
+    for name, title, text, cells in (
+        ("speedups", "Speed-up over no speculation", INTERVALS, analysis.main.cells),
+        ("settings", "Other settings of policies", with_flags, analysis.varied.cells),
+    ):
+        for at, panels in by_workload(cells).items():
+            if at.concurrency == 1:
+                draw = partial(speedups, panels)
+                yield Chart(f"{name}-{_slug(at)}", f"{title}: {at.title}", text, draw)
+
+
+def _diagnostics(analysis: Analysis) -> Iterable[Chart]:
+    """Yield what explains the speed-ups."""
+    found = analysis.diagnostics
+    if found.step_times:
+        yield Chart(
+            "step-times",
+            "What verifying drafts costs",
+            "Time of a step by the drafts it verified, over a step without, same prompts, one "
+            "request at a time. Bands: middle half of the requests.",
+            partial(step_times, found.step_times),
+        )
+    if (squared := found.r_squared) is not None:
+        yield Chart(
+            "utility",
+            f"Utility is the speed-up: R² = {squared:.3f} over {len(found.utility)} points",
+            "Each point is a policy on a task under one condition: tokens a step over relative "
+            "step time, from the engine's log, against what a client measured.",
+            partial(utility, found.utility),
+        )
+    if found.courses:
+        yield Chart(
+            "course",
+            "K along one request",
+            f"The same prompt under each policy ({found.courses[0].condition.title}). Grey: the "
+            "utility that the policy sees (cascade: measured in its window; marginal: expected "
+            "of the step).",
+            partial(course, found.courses),
+        )
+    if found.k_shares:
+        yield Chart(
+            "k-shares",
+            "Which draft lengths were verified",
+            "All steps with one request at a time, all models together. Also a policy that "
+            "asks for drafts verifies none where the drafter has none.",
+            partial(k_shares, found.k_shares),
+        )
+
+
+def _slug(of: Condition) -> str:
+    model = "".join(c if c.isalnum() else "-" for c in of.model)
+    return f"{model}-t{of.temperature:g}".replace(".", "")
+
+
+def check_installed() -> None:
+    """Raise SetupError where charts cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SetupError("charts need matplotlib: 'pip install matplotlib', or --no-plot")
+
+
+def save(figure: Figure, path: Path, title: str, caption: str = "") -> None:
+    """Write a chart with its title into a file, whose ending says which kind (png, svg, pdf)."""
+    width = figure.get_figwidth()
+    title, caption = (textwrap.fill(t, int(n * width)) for t, n in ((title, 11), (caption, 17)))
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    if caption:
+        figure.supxlabel(caption, fontsize=7.5, color=SOFT, x=0.01, ha="left")
+    lines = title.count("\n") + caption.count("\n")
+    figure.set_figheight(figure.get_figheight() + 0.3 + 0.18 * lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def colour_of(policy: str) -> str:
     """Return a policy's colour: the same wherever it is drawn."""
     if policy in EMPHASIS:
         return EMPHASIS[policy]
-    return STATIC if policy.startswith("static:") else OTHER
+    return OTHER if static_k(policy) is None else STATIC
 
 
 def _new(narrow: bool, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     """Return a figure and its axes, an array; side by side where it is wide, else stacked."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise SetupError("the report's figures need matplotlib: 'pip install matplotlib'") from None
+    check_installed()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     mpl.rcParams.update(STYLE)
     if narrow:
         rows, columns = rows * columns, 1
@@ -72,33 +190,34 @@ def _new(narrow: bool, height: float, rows: int = 1, columns: int = 1) -> tuple[
 
 
 def speedups(panels: Mapping[str, Sequence[Cell]], narrow: bool) -> Figure:
-    """Speed-up of each policy: points with intervals, in panels by their titles."""
-    panels = {
-        title: [c for c in cells if c.policy != BASELINE and c.speedup is not None]
+    """Speed-up of each policy: points with intervals, single pairs below, in titled panels."""
+    found = {
+        title: {c.policy: c.speedup for c in cells if c.policy != BASELINE and c.speedup}
         for title, cells in panels.items()
     }
-    shown = [cell for cells in panels.values() for cell in cells]
-    policies = list(dict.fromkeys(c.policy for c in shown))
-    columns = 1 if narrow else min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    height = 0.6 + 0.2 * len(policies)
-    figure, axes = _new(narrow, height, rows, columns)
-    low = min([c.low or c.speedup or 1 for c in shown] + [0.95])
-    high = max([c.high or c.speedup or 1 for c in shown] + [1.05])
-    for i, (ax, (title, cells)) in enumerate(zip(axes, panels.items(), strict=False)):
+    policies = list(dict.fromkeys(policy for of in found.values() for policy in of))
+    columns = 1 if narrow else min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = _new(narrow, max(1.2, 0.7 + 0.24 * len(policies)), rows, columns)
+    shown = [of for panel in found.values() for of in panel.values()]
+    low = min([0.95, *(of.low or of.value for of in shown)])
+    high = max([1.05, *(of.high or of.value for of in shown)])
+    for i, (ax, (title, panel)) in enumerate(zip(axes, found.items(), strict=False)):
         ax.axvline(1, color=INK, linewidth=1)
-        for cell in cells:
-            y, colour = policies.index(cell.policy), colour_of(cell.policy)
-            if cell.low is not None and cell.high is not None:
-                ax.plot([cell.low, cell.high], [y, y], color=colour, linewidth=2)
-            ax.plot(cell.speedup or 1, y, "o", color=colour, markersize=5)
+        for policy, of in panel.items():
+            y, colour = policies.index(policy), colour_of(policy)
+            within = [ratio for ratio in of.each if low <= ratio <= high]
+            ax.plot(within, [y + 0.28] * len(within), ".", color=colour, ms=3, alpha=0.35, mew=0)
+            if of.low is not None and of.high is not None:
+                ax.plot([of.low, of.high], [y, y], color=colour, linewidth=2)
+            ax.plot(of.value, y, "o", color=colour, markersize=5)
         ax.set_title(title, loc="left")
         ax.set_xlim(low - 0.03, high + 0.03)
         ax.set_ylim(len(policies) - 0.5, -0.5)
         labelled = narrow or i % columns == 0
         ax.set_yticks(range(len(policies)), policies if labelled else [""] * len(policies))
         ax.xaxis.set_major_formatter("{x:g}x")
-    for ax in axes[len(panels) :]:
+    for ax in axes[len(found) :]:
         ax.set_visible(False)
     return figure
 
@@ -155,31 +274,17 @@ def utility(points: Sequence[UtilityPoint], narrow: bool) -> Figure:
     return figure
 
 
-def acceptance(curves: Mapping[str, Sequence[float]], narrow: bool) -> Figure:
-    """Share of draft tokens accepted, by place in the draft, a line for each task."""
-    figure, (ax,) = _new(narrow, 3.2)
-    for (name, curve), colour in zip(curves.items(), SERIES * 3, strict=False):
-        places = range(1, len(curve) + 1)
-        ax.plot(places, [100 * share for share in curve], "o-", color=colour, label=name, ms=4)
-    ax.set_xlabel("place in the draft")
-    ax.set_ylabel("accepted")
-    ax.set_ylim(0, 100)
-    ax.yaxis.set_major_formatter("{x:g}%")
-    ax.legend(loc="upper right")
-    return figure
-
-
-def course(rows: Sequence[Row], narrow: bool) -> Figure:
+def course(courses: Sequence[Course], narrow: bool) -> Figure:
     """K and utility along one request, a panel for each policy."""
-    figure, axes = _new(narrow, 2.2, rows=len(rows))
-    for ax, row in zip(axes, rows, strict=True):
-        tokens = np.cumsum([0, *(emitted for _, emitted, _, _ in row.series)])
-        ks = [k for k, *_ in row.series]
-        ax.step(tokens[:-1], ks, where="post", color=colour_of(row.policy), linewidth=1.4)
+    figure, axes = _new(narrow, 2.2, rows=len(courses))
+    for ax, of in zip(axes, courses, strict=True):
+        at = np.cumsum([0, *(tokens for _, tokens, _ in of.steps)])
+        ks = [k for k, *_ in of.steps]
+        ax.step(at[:-1], ks, where="post", color=colour_of(of.policy), linewidth=1.4)
         ax.set_ylabel("K")
         ax.set_ylim(-0.4, max([8, *ks]) + 0.6)
-        ax.set_title(f"{row.policy} on {row.prompt}", loc="left")
-        known = [(t, u) for t, (*_, u) in zip(tokens, row.series, strict=False) if u is not None]
+        ax.set_title(f"{of.policy} on {of.prompt}", loc="left")
+        known = [(t, u) for t, (*_, u) in zip(at, of.steps, strict=False) if u is not None]
         if known:
             second = ax.twinx()
             second.plot(*zip(*known, strict=True), color=SOFT, linewidth=0.9)
@@ -214,54 +319,6 @@ def k_shares(shares: Mapping[str, Mapping[int, float]], narrow: bool) -> Figure:
         handlelength=1,
         columnspacing=1,
     )
-    return figure
-
-
-def foresight(made: Mapping[str, Sequence[Calibration]], narrow: bool) -> Figure:
-    """Acceptance expected and realised, error of expected step times, by drafts verified."""
-    figure, axes = _new(narrow, 3.0, columns=2)
-    for (name, parts), colour in zip(made.items(), SERIES * 3, strict=False):
-        known = [at for at in parts if at.expected is not None and at.accepted is not None]
-        ks = [at.k for at in known]
-        axes[0].plot(ks, [100 * (at.expected or 0) for at in known], "--", color=colour)
-        axes[0].plot(
-            ks, [100 * (at.accepted or 0) for at in known], "o-", color=colour, ms=4, label=name
-        )
-        axes[1].plot(
-            [at.k for at in parts],
-            [100 * at.time_error for at in parts],
-            "o-",
-            color=colour,
-            ms=4,
-            label=name,
-        )
-    axes[0].set_title("drafts accepted (dashed: expected)", loc="left")
-    axes[1].set_title("error of expected step time", loc="left")
-    for ax in axes:
-        ax.set_xlabel("drafts verified")
-        ax.yaxis.set_major_formatter("{x:g}%")
-    axes[0].set_ylim(0, 100)
-    axes[1].set_ylim(bottom=0)
-    axes[0].legend(loc="lower right")
-    return figure
-
-
-def throughput(cells: Sequence[Cell], narrow: bool) -> Figure:
-    """Tokens a second by requests in flight, a line for each policy."""
-    figure, (ax,) = _new(narrow, 3.4)
-    policies = list(dict.fromkeys(cell.policy for cell in cells))
-    greys = iter(("#9ca3af", "#d1d5db", "#6b7280", "#4b5563") * 5)
-    for policy in policies:
-        mine = sorted((c for c in cells if c.policy == policy), key=lambda c: c.concurrency)
-        known = [(c.concurrency, c.tokens_per_second) for c in mine if c.tokens_per_second]
-        colour = EMPHASIS.get(policy) or (INK if policy in (BASELINE, PLAIN) else next(greys))
-        style = "o--" if policy == PLAIN else "o-"
-        ax.plot(*zip(*known, strict=True), style, color=colour, ms=4, label=policy)
-    ax.set_xlabel("requests in flight")
-    ax.set_ylabel("tokens a second, all together")
-    ax.set_xticks(sorted({cell.concurrency for cell in cells}))
-    ax.set_ylim(bottom=0)
-    ax.legend(loc="upper left", ncols=1 if narrow else 2)
     return figure
 
 

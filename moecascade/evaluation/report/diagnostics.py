@@ -1,29 +1,18 @@
-"""What rows say beyond speed-ups: the figures behind the report's plots. Pure, like `summary`."""
+"""From rows to all else that a report shows: step times, utility, acceptance, foresight, K."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from moecascade.evaluation.report.speedups import (
-    Condition,
-    Pairs,
-    Unit,
-    best_static,
-    condition_of,
-    interval,
-    pair,
-    summarise,
-    totals,
-    units,
-)
-from moecascade.evaluation.request_record import BASELINE, PLAIN, Row
+from moecascade.evaluation.report.roles import OURS, adapts
+from moecascade.evaluation.report.speedups import Condition, condition_of, unit, units
+from moecascade.evaluation.report.statistics import Unit, pair
+from moecascade.evaluation.request_record import BASELINE, AtK, Engine, Row
 
-HINDSIGHT = "best static K"
-"""Stands in the place of a policy for the fixed K that was best under a condition."""
 FEW = 5  # steps at one K below which it is left out
 
 
@@ -47,35 +36,6 @@ class StepTime:
     high: float
 
 
-def step_times(rows: Iterable[Row]) -> list[StepTime]:
-    """Return the cost curve of one model: step time by drafts verified.
-
-    A request's steps at K are compared with the steps without drafts of the same prompt under the
-    baseline, so that what differs is K alone.
-    """
-    rows = [row for row in rows if row.concurrency == 1]
-    plain: dict[tuple[str, str, float], float] = {}
-    for row in rows:
-        if row.policy == BASELINE:
-            for at in row.by_k:
-                if at.drafted == 0:
-                    plain[row.run, row.prompt, row.temperature] = at.seconds / at.steps
-    found: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for row in rows:
-        base = plain.get((row.run, row.prompt, row.temperature))
-        for at in row.by_k:
-            if base and row.policy != BASELINE:
-                found[at.drafted].append((at.steps, at.seconds / at.steps / base))
-    curve = []
-    for k, samples in sorted(found.items()):
-        steps = sum(n for n, _ in samples)
-        if steps >= FEW:
-            costs = np.repeat([cost for _, cost in samples], [n for n, _ in samples])
-            low, middle, high = np.percentile(costs, [25, 50, 75]).tolist()
-            curve.append(StepTime(k, steps, middle, low, high))
-    return curve
-
-
 @dataclass(frozen=True, slots=True)
 class UtilityPoint:
     """A policy on a task under one condition: what its steps promised and what a user saw.
@@ -84,7 +44,7 @@ class UtilityPoint:
         condition: Model, temperature, concurrency.
         task: The task.
         policy: The policy.
-        utility: ETR over cost, from the steps' tokens and times alone.
+        utility: Tokens a step over its time, over the baseline's.
         speedup: Measured at the client, over the baseline.
 
     A prompt weighs what the baseline's answer weighs, in both: sampled answers differ in length.
@@ -95,87 +55,6 @@ class UtilityPoint:
     policy: str
     utility: float
     speedup: float
-
-
-def utility_points(rows: Sequence[Row]) -> list[UtilityPoint]:
-    """Return a point for each condition with one request in flight, task and policy."""
-    groups: dict[tuple[Condition, str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.concurrency == 1 and row.steps and row.decoded:
-            groups[condition_of(row), row.task, row.policy].append(row)
-    points = []
-    for (condition, task, policy), mine in groups.items():
-        base = groups.get((condition, task, BASELINE))
-        if policy == BASELINE or not base:
-            continue
-        ratio = pair(units(mine), units(base)).ratio
-        utility = pair(_by_steps(mine), _by_steps(base)).ratio
-        if ratio is not None and utility is not None:
-            points.append(UtilityPoint(condition, task, policy, utility, ratio))
-    return points
-
-
-def foreseen(rows: Sequence[Row], policy: str) -> list[UtilityPoint]:
-    """Return a point for each task and condition, one request at a time, of a policy's own view.
-
-    Its utility is the one that the policy expected (`Row.utility`): so much faster it would be. A
-    prompt weighs what the baseline's answer weighs, as in what was measured.
-
-    Args:
-        rows: As they were measured: utility is of the text that was written.
-        policy: Its spec.
-    """
-    groups: dict[tuple[Condition, str], list[Row]] = defaultdict(list)
-    base: dict[tuple[Condition, str], dict[tuple[str, ...], Unit]] = defaultdict(dict)
-    for row in rows:
-        if row.concurrency == 1:
-            if row.policy == policy and row.utility:
-                groups[condition_of(row), row.task].append(row)
-            elif row.policy == BASELINE:
-                base[condition_of(row), row.task] |= {unit.key: unit for unit in units([row])}
-    points = []
-    for (condition, task), mine in groups.items():
-        plain = base[condition, task]
-        saw = [
-            replace(plain[row.run, row.prompt], seconds=plain[row.run, row.prompt].seconds / u)
-            for row in mine
-            if (u := row.utility) and (row.run, row.prompt) in plain
-        ]
-        ratio = pair(units(mine), plain.values()).ratio
-        expected = pair(saw, plain.values()).ratio
-        if ratio is not None and expected is not None:
-            points.append(UtilityPoint(condition, task, policy, expected, ratio))
-    return points
-
-
-def _by_steps(rows: Sequence[Row]) -> list[Unit]:
-    """Return the requests as the engine's steps saw them.
-
-    ETR over step time is tokens over the steps' time, and utility is its ratio to the baseline's.
-    """
-    return [Unit((r.run, r.prompt), r.task, r.emitted, r.step_seconds) for r in rows]
-
-
-def r_squared(points: Sequence[UtilityPoint]) -> float | None:
-    """Return how much of the measured speed-ups' variance utility predicts (as it is, no fit)."""
-    if len(points) < 2:
-        return None
-    measured = np.array([point.speedup for point in points])
-    error = measured - np.array([point.utility for point in points])
-    spread = float(((measured - measured.mean()) ** 2).sum())
-    return 1.0 - float((error**2).sum()) / spread if spread else None
-
-
-def acceptance(rows: Iterable[Row]) -> list[float]:
-    """Return the share of verified draft tokens that were accepted, by place in the draft."""
-    accepted: dict[int, int] = defaultdict(int)
-    drafted: dict[int, int] = defaultdict(int)
-    for row in rows:
-        for place, count in enumerate(row.accepted_at):
-            accepted[place] += count
-        for place, count in enumerate(row.drafted_at):
-            drafted[place] += count
-    return [accepted[place] / drafted[place] for place in sorted(drafted) if drafted[place] >= FEW]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,116 +76,214 @@ class Calibration:
     time_error: float
 
 
-def calibration(rows: Iterable[Row], policy: str) -> list[Calibration]:
-    """Return how well a policy foresees acceptance and step time, by drafts verified."""
-    found: dict[int, list[tuple[int, int, float, float]]] = defaultdict(list)
-    for row in rows:
-        if row.policy == policy and row.concurrency == 1:
-            for at in row.by_k:
-                if at.expected_tokens is not None and at.seconds_error is not None:
-                    n, emitted = at.steps, at.emitted
-                    if at.judged:
-                        n, emitted = at.judged, at.judged_emitted
-                    found[at.drafted].append((n, emitted, at.expected_tokens, at.seconds_error))
-    made = []
-    for k, parts in sorted(found.items()):
-        steps = sum(n for n, *_ in parts)
-        if steps < FEW:
-            continue
-        expected = sum(e for _, _, e, _ in parts) - steps
-        accepted = sum(a for _, a, _, _ in parts) - steps
-        errors = np.repeat([error for *_, error in parts], [n for n, *_ in parts])
-        made.append(
-            Calibration(
-                k,
-                steps,
-                expected / (k * steps) if k else None,
-                accepted / (k * steps) if k else None,
-                float(np.median(errors)),
-            )
-        )
-    return made
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What of a policy's steps is not the model's, one request at a time.
+
+    Attributes:
+        deciding: Share of a step's time that the policy took.
+        handover: Share until vLLM's drafts had come from its worker process.
+    """
+
+    deciding: float
+    handover: float
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """A ratio of speeds and its 95% interval.
+class Course:
+    """K along one request.
 
     Attributes:
-        value: Above 1, the first is faster.
-        low: Lower end, None where there were too few prompts.
-        high: Upper end.
-        pairs: Pairs behind it, and
-        prompts: of how many prompts they are.
+        policy: Who chose.
+        prompt: The prompt's name.
+        condition: What it ran under.
+        steps: Each step's (K, tokens, utility as the policy took it, None where it says nothing).
     """
 
-    value: float
-    low: float | None
-    high: float | None
-    pairs: int
-    prompts: int
+    policy: str
+    prompt: str
+    condition: Condition
+    steps: tuple[tuple[int, int, float | None], ...]
 
 
-def ratio(rows: Sequence[Row], policy: str, other: str) -> Ratio | None:
-    """Return how much faster `policy` is than `other`, over all that both ran; None where nothing.
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """What rows say beyond speed-ups, all of one request at a time.
 
-    Tasks are strata of the interval, so their differences do not widen it; in a run too short for
-    that, with a single prompt of some task, all prompts are drawn together.
+    Attributes:
+        step_times: The cost curve of each model.
+        utility: Utility beside measured speed-up.
+        calibration: What each policy of ours expected and what came, by drafts verified.
+        k_shares: Share of steps by drafts verified, for each policy.
+        overheads: What is not the model's time, for each policy.
+        courses: One request under policies that adapt, one on which K moves.
     """
-    parts: list[Pairs] = []
-    for condition in dict.fromkeys(condition_of(row) for row in rows):
-        here = [row for row in rows if condition_of(row) == condition]
-        of = {name: units(row for row in here if row.policy == name) for name in (policy, other)}
-        parts.append(pair(of[policy], of[other]))
-    if not parts:
-        return None
-    both = Pairs(
-        np.concatenate([part.before for part in parts]),
-        np.concatenate([part.after for part in parts]),
-        tuple(task for part in parts for task in part.tasks),
-        tuple(prompt for part in parts for prompt in part.prompts),
+
+    step_times: Mapping[str, Sequence[StepTime]]
+    utility: Sequence[UtilityPoint]
+    calibration: Mapping[str, Sequence[Calibration]]
+    k_shares: Mapping[str, Mapping[int, float]]
+    overheads: Mapping[str, Overhead]
+    courses: Sequence[Course]
+
+    @property
+    def r_squared(self) -> float | None:
+        """How much of the measured speed-ups' variance utility predicts (as it is, no fit)."""
+        if len(self.utility) < 2:
+            return None
+        measured = np.array([point.speedup for point in self.utility])
+        error = measured - np.array([point.utility for point in self.utility])
+        spread = float(((measured - measured.mean()) ** 2).sum())
+        return 1.0 - float((error**2).sum()) / spread if spread else None
+
+
+def diagnostics(rows: Sequence[Row]) -> Diagnostics:
+    """Return what rows say beyond speed-ups."""
+    single = [row for row in rows if row.concurrency == 1]
+    policies = list(dict.fromkeys(row.policy for row in single))
+    models = dict.fromkeys(row.model for row in single)
+    curves = {m: step_times([row for row in single if row.model == m]) for m in models}
+    expected = {p: calibration(single, p) for p in OURS}
+    shares = {p: k_shares(single, p) for p in policies if p != BASELINE}
+    overheads = {p: overhead(single, p) for p in policies}
+    return Diagnostics(
+        step_times={model: curve for model, curve in curves.items() if len(curve) > 1},
+        utility=utility_points(single),
+        calibration={policy: found for policy, found in expected.items() if found},
+        k_shares={policy: found for policy, found in shares.items() if found},
+        overheads={policy: found for policy, found in overheads.items() if found},
+        courses=courses(single),
     )
-    if both.ratio is None:
-        return None
-    ends = interval(both) or interval(replace(both, tasks=("",) * len(both)))
-    low, high = ends or (None, None)
-    return Ratio(both.ratio, low, high, len(both), len(set(both.prompts)))
 
 
-def hindsight(rows: Sequence[Row]) -> dict[Condition, str]:
-    """Return the fixed K that was best over all tasks, for each condition, as a policy's spec.
+def _logged(rows: Iterable[Row], policy: str) -> list[tuple[Row, Engine]]:
+    return [(row, row.engine) for row in rows if row.policy == policy and row.engine]
 
-    Where some K were asked more than others they are compared on what most of them were asked.
+
+def step_times(rows: Sequence[Row]) -> list[StepTime]:
+    """Return the cost curve of one model: step time by drafts verified.
+
+    A request's steps at K are compared with the steps without drafts of the same prompt under the
+    baseline, so that what differs is K alone.
     """
-    best = {}
-    for condition, cells in totals(summarise(of_static(rows))).items():
-        found = best_static(cells)
-        if found is not None:
-            best[condition] = found.policy
-    return best
-
-
-def of_static(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows under a fixed K and under the baseline that compare like with like.
-
-    Of each condition those of the run that has most K, and of runs that have the same.
-    """
-    rows = [row for row in rows if row.policy == BASELINE or row.policy.startswith("static:")]
-    ran: dict[Condition, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    plain: dict[tuple[str, str, float], float] = {}
+    for row, engine in _logged(rows, BASELINE):
+        for at in engine.by_k:
+            if at.drafted == 0 and at.seconds:
+                plain[row.run, row.prompt, row.temperature] = at.seconds / at.steps
+    found: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
-        ran[condition_of(row)][row.run].add(row.policy)
-    most = {condition: max(runs.values(), key=len) for condition, runs in ran.items()}
-    return [row for row in rows if ran[condition_of(row)][row.run] == most[condition_of(row)]]
+        base = plain.get((row.run, row.prompt, row.temperature))
+        if base and row.engine and row.policy != BASELINE:
+            for at in row.engine.by_k:
+                if at.seconds is not None:
+                    found[at.drafted].append((at.steps, at.seconds / at.steps / base))
+    curve = []
+    for k, samples in sorted(found.items()):
+        steps = sum(n for n, _ in samples)
+        if steps >= FEW:
+            costs = np.repeat([cost for _, cost in samples], [n for n, _ in samples])
+            low, middle, high = np.percentile(costs, [25, 50, 75]).tolist()
+            curve.append(StepTime(k, steps, middle, low, high))
+    return curve
 
 
-def with_hindsight(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of `hindsight`'s choices under the name `HINDSIGHT`, to compare with."""
-    best = hindsight(rows)
+def _by_task(rows: Iterable[Row]) -> dict[tuple[Condition, str, str], list[Row]]:
+    found: dict[tuple[Condition, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.decoded:
+            found[condition_of(row), row.task, row.policy].append(row)
+    return found
+
+
+def utility_points(rows: Iterable[Row]) -> list[UtilityPoint]:
+    """Return a point for each condition, task and policy.
+
+    ETR over step time is tokens over the steps' time, and utility is its ratio to the baseline's.
+    """
+    points = []
+    groups = _by_task(row for row in rows if row.engine and row.engine.seconds)
+    for (condition, task, policy), mine in groups.items():
+        base = groups.get((condition, task, BASELINE))
+        if policy != BASELINE and base:
+            ratio = pair(units(mine), units(base)).ratio
+            utility = pair(_by_steps(mine), _by_steps(base)).ratio
+            if ratio is not None and utility is not None:
+                points.append(UtilityPoint(condition, task, policy, utility, ratio))
+    return points
+
+
+def _by_steps(rows: Iterable[Row]) -> list[Unit]:
+    """Return the requests as the engine's steps saw them."""
     return [
-        replace(row, policy=HINDSIGHT) for row in rows if best.get(condition_of(row)) == row.policy
+        unit(row, row.engine.emitted, row.engine.seconds)
+        for row in rows
+        if row.engine and row.engine.seconds
     ]
 
 
-def presence(rows: Sequence[Row]) -> Ratio | None:
-    """Return the speed of our engine at K = 0 over vLLM without us; None if not measured."""
-    return ratio(rows, BASELINE, PLAIN)
+def calibration(rows: Iterable[Row], policy: str) -> list[Calibration]:
+    """Return how well a policy foresees acceptance and step time, by drafts verified."""
+    found: dict[int, list[AtK]] = defaultdict(list)
+    for _, engine in _logged(rows, policy):
+        for at in engine.by_k:
+            if at.expected_tokens is not None and at.seconds_error is not None:
+                found[at.drafted].append(at)
+    made = []
+    for k, parts in sorted(found.items()):
+        steps = sum(at.judged for at in parts)
+        if steps >= FEW:
+            expected = sum(at.expected_tokens or 0.0 for at in parts) - steps
+            accepted = sum(at.judged_emitted for at in parts) - steps
+            errors = np.repeat([at.seconds_error for at in parts], [at.judged for at in parts])
+            made.append(
+                Calibration(
+                    k,
+                    steps,
+                    expected / (k * steps) if k else None,
+                    accepted / (k * steps) if k else None,
+                    float(np.median(errors)),
+                )
+            )
+    return made
+
+
+def k_shares(rows: Iterable[Row], policy: str) -> dict[int, float]:
+    """Return the share of a policy's steps by drafts verified."""
+    counts: Counter[int] = Counter()
+    for _, engine in _logged(rows, policy):
+        for at in engine.by_k:
+            counts[at.drafted] += at.steps
+    return {k: n / counts.total() for k, n in sorted(counts.items())}
+
+
+def overhead(rows: Iterable[Row], policy: str) -> Overhead | None:
+    """Return what of a policy's steps is not the model's; None where no step has a time."""
+    timed = [(engine, engine.seconds) for _, engine in _logged(rows, policy) if engine.seconds]
+    if not timed:
+        return None
+    whole = sum(seconds for _, seconds in timed)
+    return Overhead(
+        deciding=sum(engine.controller_seconds for engine, _ in timed) / whole,
+        handover=sum(engine.handover_seconds for engine, _ in timed) / whole,
+    )
+
+
+def courses(rows: Iterable[Row], most: int = 3) -> list[Course]:
+    """Return one prompt's requests under policies that adapt: one on which K moves."""
+    asked: dict[tuple[str, Condition, str], list[Course]] = defaultdict(list)
+    for row in rows:
+        if row.engine and row.engine.series and adapts(row.policy):
+            steps = tuple((k, tokens, utility) for k, tokens, _, utility in row.engine.series)
+            course = Course(row.policy, row.prompt, condition_of(row), steps)
+            asked[row.run, course.condition, row.prompt].append(course)
+
+    def telling(mine: Sequence[Course]) -> float:
+        return (
+            sum(min(len({k for k, *_ in course.steps}), 6) for course in mine[:most])
+            + len(mine[0].steps) / 1000
+        )
+
+    chosen = max(asked.values(), key=telling, default=[])
+    chosen.sort(key=lambda course: course.policy not in OURS)  # stable
+    return chosen[:most]

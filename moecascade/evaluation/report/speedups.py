@@ -1,35 +1,19 @@
-"""From measured rows to the numbers that a table or a plot shows. Pure: no clock, no files.
+"""From rows to speed-ups: every policy on every workload, and each of ours over all others.
 
-What is compared is a pair: the same prompt under a policy and under a baseline, in the same run;
-where several requests are in flight, the same block of prompts. Answers may differ in length (in
-bfloat16 a near-tie may fall differently when the batch's shape changes; sampled ones always do), so
-what counts is the time for equally many tokens. For pair i let ``n_i`` be the tokens that the
-baseline decoded, ``s_i`` its seconds per token and ``p_i`` the policy's. Then
-
-    speed-up = sum_i(n_i * s_i) / sum_i(n_i * p_i)
-
-is the time that the baseline took, over the time that the policy takes for as many tokens. The
-interval is a percentile bootstrap over prompts: what is asked is what varies, and the pairs of one
-prompt, under several conditions or with several seeds, are no more than one draw (our local models
-even write the same text). In a mix, each task's prompts are drawn among themselves, as its shares
-are given. Of n prompts n - 1 are drawn, since n draws of n vary too little (Rao and Wu 1988), and
-the interval is as much wider than for many prompts as Student's is.
+With `diagnostics` the one pass over rows; what comes of it holds numbers only.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
 
 from moecascade.errors import ConfigError
+from moecascade.evaluation.report.roles import HINDSIGHT, OURS, static_k
+from moecascade.evaluation.report.statistics import Speedup, Unit, joined, pair, speedup
 from moecascade.evaluation.request_record import BASELINE, PLAIN, Row
-from moecascade.evaluation.workloads import REPEATED, workloads
-
-RESAMPLES = 4000
-CONFIDENCE = 0.95
+from moecascade.evaluation.workloads import ALL, REPEATED, workloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,74 +42,73 @@ class Cell:
     """A policy on a workload under one condition. None where nothing was measured that would tell.
 
     Attributes:
-        model: The model.
-        temperature: Of sampling.
-        concurrency: Requests in flight.
+        condition: What it was measured under.
         workload: A task or a mix of tasks.
         policy: The policy.
         requests: Requests behind the numbers.
+        speedup: Over the baseline.
         tokens_per_second: Tokens decoded over the time of decoding: of one request at a time, or of
             all that are in flight.
-        speedup: Over the baseline; see the module for its definition.
-        low: Lower end of the 95% interval of `speedup`.
-        high: Its upper end.
-        worst: The lowest speed-up of a single pair, a single measurement each.
-        each: The speed-up of every pair.
         etr: Tokens emitted per decode step.
         mean_k: Mean of the draft length K chosen for a step.
-        mean_drafted: Mean of the draft tokens verified in a step; drafters may have fewer than K.
         off_share: Share of steps at K = 0.
-        first_seconds: Median time to the first token (TTFT).
-        gaps: Medians over requests of the percentiles in `Row.gaps`.
-        controller: Seconds a step that policies took.
     """
 
-    model: str
-    temperature: float
-    concurrency: int
+    condition: Condition
     workload: str
     policy: str
     requests: int
+    speedup: Speedup | None
     tokens_per_second: float | None
-    speedup: float | None
-    low: float | None
-    high: float | None
-    worst: float | None
-    each: tuple[float, ...]
     etr: float | None
     mean_k: float | None
-    mean_drafted: float | None
     off_share: float | None
-    first_seconds: float | None
-    gaps: tuple[float, float, float] | None
-    controller: float | None
-
-    @property
-    def condition(self) -> Condition:
-        """What it was measured under."""
-        return Condition(self.model, self.temperature, self.concurrency)
-
-    @property
-    def verdict(self) -> str:
-        """What may be said of it against the baseline: faster, slower, or "cannot tell"."""
-        if self.low is None or self.high is None:
-            return "cannot tell"
-        return "faster" if self.low > 1 else "slower" if self.high < 1 else "cannot tell"
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """What is paired: a request, or where several are in flight, a block of them."""
+class Comparison:
+    """A policy over another, on all that both ran, whatever the temperature.
 
-    key: tuple[str, ...]
-    task: str
-    tokens: int
-    seconds: float
+    Attributes:
+        policy: Spec of the one.
+        over: Spec of the other, or `HINDSIGHT`.
+        concurrency: Requests in flight.
+        speedup: Above 1, the first is faster.
+        model: The model, "" for all of them.
+        workload: The workload.
+    """
 
-    @property
-    def asked(self) -> str:
-        """Its prompts, those that are repeated with another seed under one name."""
-        return " ".join(name.partition(REPEATED)[0] for name in self.key[1:])
+    policy: str
+    over: str
+    concurrency: int
+    speedup: Speedup
+    model: str = ""
+    workload: str = ALL
+
+
+@dataclass(frozen=True, slots=True)
+class Speedups:
+    """Speed-ups of some runs.
+
+    Attributes:
+        cells: Every policy on every workload under every condition.
+        workloads: Every policy over the baseline on every workload of a model, one request at a
+            time: the paper's worst case is the lowest of its.
+        comparisons: Each of ours over every other policy, and the baseline over `PLAIN`.
+    """
+
+    cells: tuple[Cell, ...] = ()
+    workloads: tuple[Comparison, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def speedups(rows: Sequence[Row]) -> Speedups:
+    """Return all speed-ups of some rows.
+
+    Raises:
+        ConfigError: No request ran under the baseline.
+    """
+    return Speedups(cells(rows), tuple(of_models(rows)), tuple(comparisons(rows)))
 
 
 def condition_of(row: Row) -> Condition:
@@ -136,224 +119,205 @@ def condition_of(row: Row) -> Condition:
 def units(rows: Iterable[Row]) -> list[Unit]:
     """Return the units of one policy's rows under one condition, those without a rate left out."""
     found: list[Unit] = []
-    blocks: dict[str, list[Row]] = {}
+    blocks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.concurrency == 1:
-            if row.decoded:
-                found.append(Unit((row.run, row.prompt), row.task, row.decoded, row.decode_seconds))
-        else:
-            blocks.setdefault(row.block, []).append(row)
+        if row.concurrency > 1:
+            blocks.setdefault((row.run, row.block), []).append(row)
+        elif row.decoded:
+            found.append(unit(row, row.decoded, row.decode_seconds))
     for block in blocks.values():
-        key = (block[0].run, *(row.prompt for row in block))
-        tokens = sum(row.tokens for row in block)
         tasks = {row.task for row in block}
-        task = tasks.pop() if len(tasks) == 1 else "mixed"
-        found.append(Unit(key, task, tokens, block[0].block_seconds))
+        found.append(
+            Unit(
+                key=(block[0].run, *(row.prompt for row in block)),
+                task=tasks.pop() if len(tasks) == 1 else "mixed",
+                asked=" ".join(_asked(row) for row in block),
+                tokens=sum(row.tokens for row in block),
+                seconds=block[0].block_seconds,
+            )
+        )
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """A policy's units beside a baseline's.
-
-    Attributes:
-        before: Seconds of each unit under the baseline, shape (pairs,).
-        after: Seconds under the policy for as many tokens, same shape.
-        tasks: The task of each pair.
-        prompts: What was asked in each; pairs of the same prompt are drawn together.
-    """
-
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
-    tasks: tuple[str, ...]
-    prompts: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.tasks)
-
-    @property
-    def ratio(self) -> float | None:
-        """The speed-up, None where nothing was paired."""
-        return float(self.before.sum() / self.after.sum()) if len(self) else None
-
-    @property
-    def each(self) -> tuple[float, ...]:
-        """The speed-up of every pair."""
-        return tuple(float(ratio) for ratio in self.before / self.after)
+def unit(row: Row, tokens: float, seconds: float) -> Unit:
+    """Return a request as a unit of so many tokens in such a time."""
+    return Unit((row.run, row.prompt), row.task, _asked(row), tokens, seconds)
 
 
-def pair(policy: Iterable[Unit], baseline: Iterable[Unit]) -> Pairs:
-    """Return the units that both have, paired."""
-    known = {unit.key: unit for unit in baseline}
-    both = [(unit, known[unit.key]) for unit in policy if unit.key in known]
-    return Pairs(
-        np.array([base.seconds for _, base in both]),
-        np.array([base.tokens * unit.seconds / unit.tokens for unit, base in both]),
-        tuple(unit.task for unit, _ in both),
-        tuple(unit.asked for unit, _ in both),
-    )
+def _asked(row: Row) -> str:
+    return row.prompt.partition(REPEATED)[0]
 
 
-def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float] | None:
-    """Return the 95% interval of the pairs' ratio.
-
-    None where a task has fewer than two prompts, or all of them together have but one to spare: a
-    spread seen once says nothing.
-    """
-    asked = list(zip(pairs.tasks, pairs.prompts, strict=True))
-    prompts = list(dict.fromkeys(asked))
-    number = {prompt: i for i, prompt in enumerate(prompts)}
-    of_pair = [number[prompt] for prompt in asked]
-    before = np.bincount(of_pair, pairs.before, len(prompts))
-    after = np.bincount(of_pair, pairs.after, len(prompts))
-    tasks = np.array([task for task, _ in prompts])
-    if not len(pairs) or min(np.unique(tasks, return_counts=True)[1]) < 2:
-        return None
-    to_spare = len(prompts) - len(set(pairs.tasks))
-    if to_spare < 2:
-        return None
-    random = np.random.default_rng(seed)
-    sums = np.zeros((2, RESAMPLES))
-    for task in dict.fromkeys(pairs.tasks):
-        here = np.flatnonzero(tasks == task)
-        n = len(here)
-        drawn = here[random.integers(0, n, size=(RESAMPLES, n - 1))]
-        sums += n / (n - 1) * np.array([before[drawn].sum(axis=1), after[drawn].sum(axis=1)])
-    tail = 100 * (1 - CONFIDENCE) / 2
-    ends = np.percentile(sums[0] / sums[1], [tail, 100 - tail])
-    found = before.sum() / after.sum()
-    low, high = found * (ends / found) ** _wider(to_spare)
-    return float(low), float(high)
+def _by_condition(rows: Iterable[Row]) -> dict[Condition, list[Row]]:
+    found: dict[Condition, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[condition_of(row)].append(row)
+    return found
 
 
-def _wider(to_spare: int) -> float:
-    """Return Student's 97.5% quantile over the normal one, for degrees of freedom of 2 or more.
-
-    By the expansion of Abramowitz and Stegun (26.7.5), within 2% at 2 and 0.3% from 3 on.
-    """
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    more: float = sum(term / to_spare**i for i, term in enumerate(terms, 1))
-    return 1.0 + more / z
+def _by_policy(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return rows by policy: the baseline, vLLM itself, then in order of appearance."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row.policy].append(row)
+    order = sorted(found, key=lambda policy: (policy != BASELINE, policy != PLAIN))  # stable
+    return {policy: found[policy] for policy in order}
 
 
-def summarise(rows: Sequence[Row], baseline: str = BASELINE, seed: int = 0) -> list[Cell]:
+def _workloads(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
+    return workloads(list(dict.fromkeys(row.task for row in rows)))
+
+
+def cells(rows: Sequence[Row], baseline: str = BASELINE) -> tuple[Cell, ...]:
     """Return a cell for each condition, workload and policy, in order of appearance.
 
     Args:
         rows: The requests. In a run a prompt appears at most once under a policy and condition.
         baseline: The policy that speed-ups are over.
-        seed: Of the bootstrap.
 
     Raises:
         ConfigError: No request ran under the baseline.
     """
     if all(row.policy != baseline for row in rows):
         raise ConfigError(f"nothing was measured under {baseline!r}, so there is no speed-up")
-    cells: list[Cell] = []
-    for condition in dict.fromkeys(condition_of(row) for row in rows):
-        here = [row for row in rows if condition_of(row) == condition]
-        found = list(dict.fromkeys(row.policy for row in here))
-        found.sort(key=lambda policy: (policy != baseline, policy != PLAIN))  # stable
-        made = workloads(list(dict.fromkeys(row.task for row in here)))
+    made: list[Cell] = []
+    for condition, here in _by_condition(rows).items():
+        across = _workloads(here)
         if condition.concurrency > 1:  # blocks hold all tasks
-            made = dict(list(made.items())[-1:])
-        for workload, tasks in made.items():
-            of_it = [row for row in here if row.task in tasks]
-            before = units(row for row in of_it if row.policy == baseline)
-            cells += [
-                _cell(condition, workload, p, [r for r in of_it if r.policy == p], before, seed)
-                for p in found
+            across = dict([*across.items()][-1:])
+        policies = _by_policy(here)
+        for name, tasks in across.items():
+            before = units(row for row in policies.get(baseline, ()) if row.task in tasks)
+            made += [
+                _cell(condition, name, policy, [row for row in mine if row.task in tasks], before)
+                for policy, mine in policies.items()
             ]
-    return cells
+    return tuple(made)
 
 
 def _cell(
-    condition: Condition,
-    workload: str,
-    policy: str,
-    rows: list[Row],
-    baseline: list[Unit],
-    seed: int,
+    condition: Condition, workload: str, policy: str, rows: list[Row], baseline: list[Unit]
 ) -> Cell:
     measured = units(rows)
-    pairs = pair(measured, baseline)
-    ends = interval(pairs, seed)
-    steps = sum(row.steps for row in rows)
+    logged = [row.engine for row in rows if row.engine]
+    steps = sum(engine.steps for engine in logged)
     return Cell(
-        model=condition.model,
-        temperature=condition.temperature,
-        concurrency=condition.concurrency,
+        condition=condition,
         workload=workload,
         policy=policy,
         requests=len(rows),
+        speedup=speedup(pair(measured, baseline)),
         tokens_per_second=_ratio(sum(u.tokens for u in measured), sum(u.seconds for u in measured)),
-        speedup=pairs.ratio,
-        low=ends[0] if ends else None,
-        high=ends[1] if ends else None,
-        worst=min(pairs.each, default=None),
-        each=pairs.each,
-        etr=_ratio(sum(r.emitted for r in rows), steps),
-        mean_k=_ratio(sum(r.k_total for r in rows), steps),
-        mean_drafted=_ratio(sum(r.drafted for r in rows), steps),
-        off_share=_ratio(sum(r.steps_at_0 for r in rows), steps),
-        first_seconds=float(np.median([r.first_seconds for r in rows])) if rows else None,
-        gaps=_medians([row.gaps for row in rows]),
-        controller=_ratio(sum(r.controller_seconds for r in rows), steps),
+        etr=_ratio(sum(engine.emitted for engine in logged), steps),
+        mean_k=_ratio(sum(engine.k_total for engine in logged), steps),
+        off_share=_ratio(sum(engine.steps_at_0 for engine in logged), steps),
     )
-
-
-def _medians(values: Sequence[tuple[float, float, float]]) -> tuple[float, float, float] | None:
-    if not values:
-        return None
-    first, second, third = np.median(np.array(values), axis=0).tolist()
-    return first, second, third
 
 
 def _ratio(top: float, bottom: float) -> float | None:
     return top / bottom if bottom else None
 
 
-def by_workload(cells: Iterable[Cell]) -> dict[Condition, dict[str, list[Cell]]]:
+def by_workload(found: Iterable[Cell]) -> dict[Condition, dict[str, list[Cell]]]:
     """Return the cells by condition and workload, in order: the last is all tasks together."""
-    found: dict[Condition, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        found.setdefault(cell.condition, {}).setdefault(cell.workload, []).append(cell)
-    return found
+    made: dict[Condition, dict[str, list[Cell]]] = {}
+    for cell in found:
+        made.setdefault(cell.condition, {}).setdefault(cell.workload, []).append(cell)
+    return made
 
 
-def totals(cells: Iterable[Cell]) -> dict[Condition, list[Cell]]:
+def totals(found: Iterable[Cell]) -> dict[Condition, list[Cell]]:
     """Return the cells of all tasks together, by condition."""
-    return {condition: list(of.values())[-1] for condition, of in by_workload(cells).items()}
+    return {condition: list(of.values())[-1] for condition, of in by_workload(found).items()}
 
 
-def fastest(cells: Iterable[Cell]) -> str | None:
+def fastest(found: Iterable[Cell]) -> str | None:
     """Return the policy whose interval begins above the speed-ups of all others, if one's does.
 
     None where some were asked more than others: theirs are speed-ups on other prompts.
     """
-    known = {cell.policy: cell for cell in cells if cell.speedup is not None}
-    best = max(known.values(), key=lambda cell: cell.speedup or 0.0, default=None)
-    if best is None or best.policy == BASELINE or best.low is None:
+    known = {cell.policy: cell.speedup for cell in found if cell.speedup is not None}
+    best = max(known, key=lambda policy: known[policy].value, default=BASELINE)
+    if best == BASELINE or len({of.pairs for of in known.values()}) > 1:
         return None
-    if len({len(cell.each) for cell in known.values()}) > 1:
-        return None
-    others = [cell.speedup or 0.0 for cell in known.values() if cell is not best]
-    return best.policy if best.low > max(others, default=1.0) else None
+    others = [of.value for policy, of in known.items() if policy != best]
+    low = known[best].low
+    return best if low is not None and low > max(others, default=1.0) else None
 
 
-def best_static(cells: Sequence[Cell]) -> Cell | None:
-    """Return the fixed K that was best in hindsight among `cells`, None where none was measured.
+def compare(rows: Sequence[Row], policy: str, other: str) -> Speedup | None:
+    """Return how much faster `policy` is than `other`, over all that both ran; None where nothing.
 
-    Under one condition and workload it is what a table of K by batch size, tuned on this very run,
-    would have used: the bar that vLLM's users name. Such a table may say 0, so the baseline is one.
+    Tasks are strata of the interval, so their differences do not widen it; in a run too short for
+    that, with a single prompt of some task, all prompts are drawn together.
     """
-    static = [c for c in cells if c.policy.startswith("static:") and c.speedup is not None]
-    base = [c for c in cells if c.policy == BASELINE and c.speedup is not None]
-    return max([*static, *base], key=lambda cell: cell.speedup or 0.0) if static else None
+    parts = []
+    for here in _by_condition(row for row in rows if row.policy in (policy, other)).values():
+        of = {name: units(row for row in here if row.policy == name) for name in (policy, other)}
+        parts.append(pair(of[policy], of[other]))
+    return speedup(joined(parts), pooled=True)
+
+
+def comparisons(rows: Sequence[Row]) -> Iterable[Comparison]:
+    """Yield each of ours over every other policy, and the baseline over vLLM without us."""
+    for concurrency in sorted({row.concurrency for row in rows}):
+        here = [row for row in rows if row.concurrency == concurrency]
+        ran = list(_by_policy(here))
+        pairs = [(policy, other) for policy in OURS for other in ran if other != policy]
+        if concurrency == 1 or sum(static_k(policy) is not None for policy in ran) > 1:
+            here = [*here, *with_hindsight(here)]
+            pairs += [(policy, HINDSIGHT) for policy in OURS]
+        for policy, other in (*pairs, (BASELINE, PLAIN)):
+            if found := compare(here, policy, other):
+                yield Comparison(policy, other, concurrency, found)
+
+
+def of_models(rows: Iterable[Row]) -> Iterable[Comparison]:
+    """Yield every policy on every workload of each model, one request at a time."""
+    rows = [row for row in rows if row.concurrency == 1]
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        for name, tasks in _workloads(mine).items():
+            of_it = [row for row in mine if row.task in tasks]
+            for policy in _by_policy(of_it):
+                if policy != BASELINE and (found := compare(of_it, policy, BASELINE)):
+                    yield Comparison(policy, BASELINE, 1, found, model, name)
+
+
+def best_static(rows: Sequence[Row]) -> dict[Condition, dict[int, float]]:
+    """Return the speed-up over all tasks of each fixed K, for each condition; that of none is 1.
+
+    Where some K were asked more than others they are compared on what most of them were asked:
+    counted are, of each condition, the runs that have most of them.
+    """
+    made = {}
+    for condition, here in _by_condition(rows).items():
+        ran: dict[str, set[str]] = defaultdict(set)
+        for row in here:
+            if row.policy == BASELINE or static_k(row.policy) is not None:
+                ran[row.run].add(row.policy)
+        most = max(ran.values(), key=len, default=set())
+        policies = _by_policy(row for row in here if ran.get(row.run) == most)
+        base = units(policies.get(BASELINE, ()))
+        found = {
+            k: ratio
+            for policy, mine in policies.items()
+            if (k := static_k(policy)) is not None and (ratio := pair(units(mine), base).ratio)
+        }
+        if found:
+            made[condition] = {**found, 0: 1.0}
+    return made
+
+
+def with_hindsight(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows under the best fixed K of each condition, its policy named `HINDSIGHT`."""
+    best = {
+        condition: max(speeds, key=speeds.__getitem__)
+        for condition, speeds in best_static(rows).items()
+    }
+    return [
+        replace(row, policy=HINDSIGHT)
+        for row in rows
+        if (k := best.get(condition_of(row))) is not None
+        and (row.policy == BASELINE if k == 0 else static_k(row.policy) == k)
+    ]
