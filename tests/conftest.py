@@ -135,7 +135,7 @@ class Engine:
 
         before = sum(1 for _ in step_log.read(self.step_log)) if self.step_log.exists() else 0
         act()
-        self.scheduler._step_log.flush()
+        self.scheduler._recorder.flush(idle=True)
         return list(step_log.read(self.step_log))[before:]
 
     def drain(self) -> None:

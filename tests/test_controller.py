@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from moecascade import policies
 from moecascade.core import registry
@@ -580,3 +581,115 @@ def test_where_all_policies_that_are_kept_are_in_use_one_more_is_refused() -> No
     controller.add("more", asked[0])
     controller.drop("r3")
     controller.add("again", asked[-1])
+
+
+# ---- any sequence of events ----------------------------------------------------------------------
+
+
+class Moody(Faulty):
+    """Fails where and when the machine below says; else it decides by the length of the draft."""
+
+    name = "moody"
+
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
+        self._fail("decide")
+        if self.fail_in == "others":
+            return [Decision("nobody", 1, "moody")]
+        k = {"K": -1, "type": 1.5}.get(self.fail_in)
+        return [
+            Decision(p.request_id, len(p.tokens) if k is None else k, "moody")  # type: ignore[arg-type]
+            for p in proposals
+        ]
+
+
+MAX_K = 5
+SOUND = ("off", "static:2", "static:5", "cascade[trial_steps=1]", "marginal[crowd=1]", "goodput")
+MODES = ("", "", "add", "drop", "decide", "observe", "lookahead", "explain", "others", "K", "type")
+SPECS = (*SOUND, "moody", "moody")
+REQUESTS = st.sampled_from("abcdef")
+
+
+@settings(max_examples=60, stateful_step_count=40, deadline=None)
+class Life(RuleBasedStateMachine):
+    """Requests come, decode, end and come again, under policies good and bad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = dict(policies.classes())
+        register(Moody)
+        self.faults: list[str] = []
+        self.controller = Controller(
+            ServerOptions(policy="static:2"), MAX_K, lambda what, _how: self.faults.append(what)
+        )
+        self.alive: dict[str, tuple[str, int]] = {}  # spec and cap
+
+    def teardown(self) -> None:
+        for request_id in list(self.alive):
+            self.controller.drop(request_id)
+        assert len(self.controller) == 0
+        assert all(not group.members for group in self.controller._groups.values())
+        assert not self.controller._caps
+        assert {fault for fault in self.faults if "moody" not in fault} == set()
+        registry._REGISTRY.clear()
+        registry._REGISTRY.update(self.known)
+        Moody.fail_in = ""
+
+    @rule(mode=st.sampled_from(MODES))
+    def mood(self, mode: str) -> None:
+        Moody.fail_in = mode
+
+    @rule(request_id=REQUESTS, spec=st.sampled_from(SPECS), cap=st.integers(0, 9))
+    def add(self, request_id: str, spec: str, cap: int) -> None:
+        if request_id in self.alive:
+            self.drop(request_id)
+        self.controller.add(request_id, RequestOptions(spec, cap), [1, 2, 3])
+        self.alive[request_id] = spec, min(cap, MAX_K)
+
+    @rule(request_id=REQUESTS)
+    def drop(self, request_id: str) -> None:
+        self.controller.drop(request_id)
+        self.alive.pop(request_id, None)
+
+    @rule(
+        asked=st.lists(REQUESTS, unique=True, min_size=1),
+        right=st.integers(0, MAX_K),
+        seconds=st.none() | st.floats(0.001, 1.0),
+        decode=st.booleans(),
+        explain=st.booleans(),
+    )
+    def step(
+        self, asked: list[str], right: int, seconds: float | None, decode: bool, explain: bool
+    ) -> None:
+        draft = [1, 2, 3, 1, 2]
+        proposals = [Proposal(request_id, draft) for request_id in asked]
+        decisions = self.controller.decide(proposals, explain=explain)
+        assert set(decisions) == set(asked)
+        for request_id, decision in decisions.items():
+            spec, cap = self.alive.get(request_id, ("", 0))
+            assert decision.request_id == request_id
+            assert type(decision.k) is int
+            assert 0 <= decision.k <= cap
+            assert explain or decision.expected is None
+            if spec.startswith("static"):  # whatever befalls the others
+                assert (decision.k, decision.why) == (min(int(spec[-1]), cap), "static")
+            if spec == "moody":
+                assert (decision.k, decision.why) in {(cap, "moody"), (0, "fault")}
+            if not self.controller.spec(request_id):
+                assert (decision.k, decision.why) == (0, "fault")
+        assert self.controller.lookahead(asked) <= max(
+            self.alive.get(request_id, ("", 0))[1] for request_id in asked
+        )
+        parts = []
+        for request_id, decision in decisions.items():
+            emitted = min(right, decision.k) + 1
+            parts.append(RequestStep(request_id, decision.k, emitted, draft[:emitted]))
+        self.controller.observe(Step(seconds, decode, tuple(parts)))
+
+    @invariant()
+    def only_the_faulty_lose_their_policy(self) -> None:
+        assert len(self.controller) == len(self.alive)
+        for request_id, (spec, _cap) in self.alive.items():
+            assert self.controller.spec(request_id) in ({spec} if spec != "moody" else {spec, ""})
+
+
+TestLife = Life.TestCase

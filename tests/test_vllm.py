@@ -324,14 +324,14 @@ def test_a_pause_is_no_steps_time(ngram_engine: Engine) -> None:
     engine = ngram_engine
     engine.add("paused", PROMPTS[3], policy("off"), 8)
     engine.step(3)
-    assert engine.scheduler._began is not None
+    assert not engine.scheduler._clock.idle
     engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-    assert engine.scheduler._began is None
+    assert engine.scheduler._clock.idle
     engine.scheduler.set_pause_state(PauseState.UNPAUSED)
     engine.drain()
 
 
-@pytest.mark.parametrize("log", ["_step_log", "_trace_log"])
+@pytest.mark.parametrize("log", ["step_log", "trace_log"])
 def test_a_log_that_cannot_be_written_is_given_up_which_costs_no_drafts(
     ngram_engine: Engine, monkeypatch: pytest.MonkeyPatch, log: str
 ) -> None:
@@ -349,12 +349,13 @@ def test_a_log_that_cannot_be_written_is_given_up_which_costs_no_drafts(
         observed.append(step)
         observe(step)
 
-    monkeypatch.setattr(engine.scheduler, log, Full())
+    kept = getattr(engine.scheduler._recorder, {"step_log": "_steps", "trace_log": "_traces"}[log])
+    monkeypatch.setattr(kept, "log", Full())
     monkeypatch.setattr(engine.scheduler.controller, "observe", watched)
     assert engine.generate(PROMPTS[:2], policy("static:3")) == reference
     assert sum(part.drafted for step in observed for part in step.requests) > 0
-    assert getattr(engine.scheduler, log) is None  # given up with the first fault
-    assert engine.scheduler.cascade_faults.pop(log[1:]) == 1
+    assert kept.log is None  # given up with the first fault
+    assert engine.scheduler.cascade_faults.pop(log) == 1
 
 
 def test_bad_request_options_are_ignored_and_the_others_apply_raises(engine: Engine) -> None:

@@ -13,7 +13,12 @@ from operator import index
 from typing import Any, ParamSpec, TypeVar
 
 from moecascade.core import registry
-from moecascade.core.options import RequestOptions, ServerOptions
+from moecascade.core.options import (
+    RequestOptions,
+    ServerOptions,
+    request_options,
+    what_is_right,
+)
 from moecascade.core.policy import Policy
 from moecascade.core.spec import parse
 from moecascade.core.step import Decision, Expectation, Proposal, Step
@@ -67,6 +72,28 @@ class Controller:
     def __len__(self) -> int:
         """Return how many requests are known."""
         return len(self._group_of)
+
+    def begin(
+        self, request_id: str, extra_args: Mapping[str, Any] | None, prompt: Sequence[int] = ()
+    ) -> str:
+        """A request begins, as its ``vllm_xargs`` ask; return its task, for traces.
+
+        What cannot be granted is a fault, and the rest of it is done: `moecascade.vllm.http`
+        refuses such requests where it is installed, here it is too late for that.
+        """
+        try:
+            asked = request_options(extra_args, self._max_k, self.settings_of)
+        except ConfigError as error:
+            self._on_fault("request options", f"{error}; the request runs without this one")
+            asked = what_is_right(extra_args, self._max_k, self.settings_of)
+        if not self._options.request_options:
+            asked = RequestOptions(task=asked.task)
+        try:
+            self.add(request_id, asked, prompt)
+        except ConfigError as error:
+            self._on_fault("policies", f"{error}; the request runs under the server's policy")
+            self.add(request_id, replace(asked, policy=None), prompt)
+        return asked.task
 
     def add(self, request_id: str, asked: RequestOptions, prompt: Sequence[int] = ()) -> None:
         """A request begins under the policy that it asked for, or the server's.

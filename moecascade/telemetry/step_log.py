@@ -13,7 +13,7 @@ What the policy expected of the step when it decided follows where it says so: `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ class StepLog:
         self,
         step: Step,
         decisions: Mapping[str, Decision],
-        policy_of: Mapping[str, str],
+        policy_of: Callable[[str], str],
         controller: float,
         handover: float,
     ) -> None:
@@ -52,7 +52,7 @@ class StepLog:
         Args:
             step: What it did.
             decisions: Those in force during it, by request.
-            policy_of: The specs of the policies that made them.
+            policy_of: Gives the spec of the policy that decides for a request.
             controller: Seconds that deciding took.
             handover: Seconds that the drafts took to get here.
         """
@@ -62,7 +62,7 @@ class StepLog:
             rows.append(
                 {
                     "id": part.request_id,
-                    "policy": policy_of.get(part.request_id, ""),
+                    "policy": policy_of(part.request_id),
                     "k": decision.k if decision else 0,
                     "why": decision.why if decision else "",
                     "drafted": part.drafted,

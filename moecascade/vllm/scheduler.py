@@ -1,6 +1,7 @@
 """vLLM's scheduler with the draft length of every request chosen by a policy.
 
-It only translates: vLLM's step outputs become a `Step`, a `Decision` becomes a cut draft. In the
+It only translates: vLLM's step outputs become a `Step`, a `Decision` becomes a cut draft. Who
+decides is the `Controller`'s business, time the `StepClock`'s, logs are the `Recorder`'s. In the
 order in which the engine calls it, a step is
 
     schedule                 say how far a model drafter has to draft
@@ -14,28 +15,18 @@ goes on without what failed; a draft that nobody decided about is not verified.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
 
 from moecascade.core.controller import Controller
-from moecascade.core.options import (
-    CONFIG_KEY,
-    RequestOptions,
-    request_options,
-    server_options,
-    what_is_right,
-)
+from moecascade.core.options import server_options
 from moecascade.core.step import Decision, Proposal, RequestStep, Step
-from moecascade.errors import ConfigError
-from moecascade.telemetry.step_log import StepLog
-from moecascade.telemetry.traces import TraceLog
+from moecascade.telemetry.recorder import Recorder
 from moecascade.vllm import compat, support
+from moecascade.vllm.clock import StepClock
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,20 +35,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-FLUSH_SECONDS = 1.0  # after which logs are flushed also under load
-
-
-@contextmanager
-def _named(key: str, path: str) -> Iterator[None]:
-    """Say which file of the configuration cannot be opened."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f'additional_config["{CONFIG_KEY}"]: {key} {path!r} cannot be written '
-            f"({error.strerror}); choose another file"
-        ) from error
 
 
 class Scheduler(VllmScheduler):
@@ -73,27 +50,15 @@ class Scheduler(VllmScheduler):
         self._drafts_cost = support.drafts_cost(config)
         self._fills_up = support.fills_up(config)
         self._draftless = False  # whether the drafter did not run at the end of the last step
-        facts = support.model_facts(config)
-        self._options = server_options(config.additional_config, self._max_k, facts)
-        self._began: float | None = None  # when the step under way began; None while idle
         self._decisions: dict[str, Decision] = {}  # the last one of each request
         self._ended: list[str] = []  # requests that ended, but may be in the step under way
         self.cascade_faults: Counter[str] = Counter()
-        self.controller = Controller(self._options, self._max_k, self._report, facts)
-        self._controller_seconds = 0.0  # spent since the last step was observed
-        self._handover_seconds = 0.0  # waited for drafts since then
-        self._updated: float | None = None  # when the last step had been processed
-        self._flushed = 0.0  # when the logs were flushed last
-        options = self._options
-        with _named("step_log", options.step_log):
-            self._step_log = StepLog(options.step_log) if options.step_log else None
-        with _named("trace_log", options.trace_log):
-            self._trace_log = (
-                TraceLog(options.trace_log, options.trace_tokens) if options.trace_log else None
-            )
-        support.logger.info(
-            "moecascade: policy %r, K from 0 to %d", self._options.policy, self._max_k
-        )
+        facts = support.model_facts(config)
+        options = server_options(config.additional_config, self._max_k, facts)
+        self.controller = Controller(options, self._max_k, self._report, facts)
+        self._clock = StepClock()
+        self._recorder = Recorder(options, self._report)
+        support.logger.info("moecascade: policy %r, K from 0 to %d", options.policy, self._max_k)
 
     # ---- what the engine calls, in the order of a step -------------------------------------------
 
@@ -106,14 +71,12 @@ class Scheduler(VllmScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step; tell a model drafter how far to draft at its end."""
-        if self._began is None:
-            self._began = time.perf_counter()
+        self._clock.begin()
         output = super().schedule(*args, **kwargs)
         self._safely(compat.ask_for_drafts, output)
         if self._drafts_cost:
-            began = time.perf_counter()
-            k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
-            self._controller_seconds += time.perf_counter() - began
+            with self._clock.deciding():
+                k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
             compat.limit_drafting(output, k or 0)
         return output
 
@@ -124,19 +87,15 @@ class Scheduler(VllmScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._safely(self._observe, scheduler_output, model_runner_output)
         self._safely(self._forget_ended)
-        self._updated = time.perf_counter()
-        if self._began is None or self._updated - self._flushed > FLUSH_SECONDS:
-            self._safely(self._flush)
-            self._flushed = self._updated
+        self._clock.processed()
+        self._recorder.flush(self._clock.idle)
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take the drafter's proposals for the next step, each cut to its request's K."""
-        began = time.perf_counter()
-        if self._updated is not None:
-            self._handover_seconds += began - self._updated
-        cut = self._safely(self._cut, draft_token_ids)
-        self._controller_seconds += time.perf_counter() - began
+        self._clock.handed_over()
+        with self._clock.deciding():
+            cut = self._safely(self._cut, draft_token_ids)
         if cut is None:
             cut = compat.with_drafts(draft_token_ids, [[] for _ in draft_token_ids.req_ids])
         super().update_draft_token_ids(cut)
@@ -148,92 +107,44 @@ class Scheduler(VllmScheduler):
 
     def set_pause_state(self, *args: Any, **kwargs: Any) -> None:
         """Pause or go on; the time between is no step's."""
-        self._began = None
+        self._clock.stop()
         super().set_pause_state(*args, **kwargs)
 
     def shutdown(self) -> None:
         """Close our logs as well."""
-        for log in (self._step_log, self._trace_log):
-            if log is not None:
-                self._safely(log.close)
+        self._recorder.close()
         super().shutdown()
 
     # ---- translation -----------------------------------------------------------------------------
 
     def _begin(self, request: Request) -> None:
         self._forget_ended()  # one of them may have had the same name
-        extra, known = compat.extra_args(request), self.controller.settings_of
         prompt = compat.prompt_tokens(request)
-        try:
-            asked = request_options(extra, self._max_k, known)
-        except ConfigError as error:
-            # `moecascade.vllm.http` answers these with status 400 where it is installed; here, in
-            # the engine's process, refusing is too late: what else it asks for is done.
-            self._report("request options", f"{error}; the request runs without this one")
-            asked = what_is_right(extra, self._max_k, known)
-        if not self._options.request_options:
-            asked = RequestOptions(task=asked.task)
-        try:
-            self.controller.add(request.request_id, asked, prompt)
-        except ConfigError as error:
-            self._report("policies", f"{error}; the request runs under the server's policy")
-            asked = replace(asked, policy=None)
-            self.controller.add(request.request_id, asked, prompt)
-        if self._trace_log is not None:
-            with self._given_up("trace_log"):
-                self._trace_log.begin(request.request_id, asked.task, prompt)
+        task = self.controller.begin(request.request_id, compat.extra_args(request), prompt)
+        self._recorder.begin(request.request_id, task, prompt)
 
     def _forget_ended(self) -> None:
         while self._ended:
             request_id = self._ended.pop()
             self._decisions.pop(request_id, None)
             self.controller.drop(request_id)
-            if self._trace_log is not None:
-                with self._given_up("trace_log"):
-                    self._trace_log.end(request_id)
+            self._recorder.end(request_id)
 
     def _observe(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
-        now = time.perf_counter()
-        began, busy = self._began, self.has_unfinished_requests()
-        self._began = now if busy else None
-        if not compat.is_empty(output):
-            parts = tuple(
-                RequestStep(request_id, drafted, len(tokens), tokens)
-                for request_id, drafted in compat.verified(output)
-                for tokens in [compat.emitted(results, request_id)]
-            )
-            decode = compat.is_decode(output) and all(part.emitted for part in parts)
-            drafting = self._drafts_cost and not self._draftless
-            passes = compat.drafter_passes(output) if drafting else 0
-            step = Step(None if began is None else now - began, decode, parts, passes)
-            if self._step_log is not None:
-                with self._given_up("step_log"):
-                    self._log_step(self._step_log, step)
-                self._controller_seconds = self._handover_seconds = 0.0
-            if self._trace_log is not None:
-                with self._given_up("trace_log"):
-                    self._trace_log.step(step)
-            learning = time.perf_counter()
-            self.controller.observe(step)
-            self._controller_seconds += time.perf_counter() - learning
-
-    def _log_step(self, log: StepLog, step: Step) -> None:
-        ids = [part.request_id for part in step.requests]
-        log.write(
-            step,
-            self._decisions,
-            {request_id: self.controller.spec(request_id) for request_id in ids},
-            self._controller_seconds,
-            self._handover_seconds,
+        seconds = self._clock.end(busy=self.has_unfinished_requests())
+        if compat.is_empty(output):
+            return
+        parts = tuple(
+            RequestStep(request_id, drafted, len(tokens), tokens)
+            for request_id, drafted in compat.verified(output)
+            for tokens in [compat.emitted(results, request_id)]
         )
-
-    def _flush(self) -> None:
-        if self._step_log is not None:
-            with self._given_up("step_log"):
-                self._step_log.flush()
-        if self._trace_log is not None:
-            with self._given_up("trace_log"):
-                self._trace_log.flush()
+        decode = compat.is_decode(output) and all(part.emitted for part in parts)
+        drafting = self._drafts_cost and not self._draftless
+        step = Step(seconds, decode, parts, compat.drafter_passes(output) if drafting else 0)
+        self._recorder.step(step, self._decisions, self.controller.spec, self._clock.take())
+        with self._clock.deciding():
+            self.controller.observe(step)
 
     def _cut(self, proposed: DraftTokenIds) -> DraftTokenIds:
         if any(proposed.draft_token_ids):
@@ -243,7 +154,7 @@ class Scheduler(VllmScheduler):
             request = self.requests.get(request_id)
             if request is not None and not request.is_prefill_chunk and not request.is_finished():
                 proposals.append(Proposal(request_id, self._usable(tokens, request)))
-        decided = self.controller.decide(proposals, explain=self._step_log is not None)
+        decided = self.controller.decide(proposals, explain=self._recorder.logs_steps)
         self._decisions.update(decided)
         drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
         for proposal in proposals:
@@ -271,15 +182,6 @@ class Scheduler(VllmScheduler):
         except Exception as fault:  # noqa: BLE001 -- the engine must go on
             self._report(getattr(call, "__name__", "call"), f"{fault!r}; going on without it")
             return None
-
-    @contextmanager
-    def _given_up(self, log: str) -> Iterator[None]:
-        """Give up a log that cannot be written: a full disk must cost neither steps nor drafts."""
-        try:
-            yield
-        except Exception as fault:  # noqa: BLE001 -- the engine must go on
-            self._report(log, f"{fault!r}; going on without this log")
-            setattr(self, f"_{log}", None)
 
     def _report(self, what: str, message: str) -> None:
         """Count a fault; log the first of its kind."""
