@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from math import inf
 from typing import Any, TypeVar, get_type_hints
 
 from moecascade.errors import ConfigError, nearest
@@ -33,6 +34,21 @@ def _fits(value: Any, wanted: Any) -> bool:
 def _name(wanted: Any) -> str:
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return plain.get(wanted) or str(wanted)
+
+
+def check_ranges(settings: Any, policy: str, **ranges: tuple[float, float]) -> None:
+    """Check that settings of a policy lie within their ranges, ends included.
+
+    Raises:
+        ConfigError: One does not; names it and what is allowed.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            allowed = f"at least {low}" if high == inf else f"from {low} to {high}"
+            raise ConfigError(
+                f"options of policy {policy!r}: {name} must be {allowed}, got {value}"
+            )
 
 
 def from_mapping(cls: type[T], values: Any, where: str) -> T:

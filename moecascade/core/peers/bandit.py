@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log, sqrt
+from math import inf, log, sqrt
 
 from moecascade.core.peers.uniform import OneForAll
+from moecascade.core.settings import check_ranges
 from moecascade.core.step import RequestStep
-from moecascade.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,9 @@ class BanditSettings:
     exploration: float = 6.0
 
     def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the setting."""
-        if not 0 <= self.first_arm <= self.last_arm:
-            raise ConfigError(
-                f"options of policy 'bandit': first_arm must be from 0 to last_arm "
-                f"({self.last_arm}), got {self.first_arm}"
-            )
-        if self.rounds < 1 or self.exploration < 0:
-            raise ConfigError(
-                "options of policy 'bandit': rounds must be at least 1 and exploration at least "
-                f"0, got {self.rounds} and {self.exploration}"
-            )
+        """Check the ranges; ConfigError names the setting and what is allowed."""
+        check_ranges(self, "bandit", first_arm=(0, self.last_arm))
+        check_ranges(self, "bandit", rounds=(1, inf), exploration=(0, inf))
 
 
 @dataclass(slots=True)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
 from moecascade.core.peers.uniform import OneForAll
+from moecascade.core.settings import check_ranges
 from moecascade.core.step import RequestStep
-from moecascade.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +36,8 @@ class GoodputSettings:
     first_rate: float = 0.7
 
     def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the setting."""
-        if not self.memory >= 1:
-            raise ConfigError(
-                f"options of policy 'goodput': memory must be at least 1, got {self.memory}"
-            )
-        if not 0 <= self.first_rate <= 1:
-            raise ConfigError(
-                f"options of policy 'goodput': first_rate must be from 0 to 1, "
-                f"got {self.first_rate}"
-            )
+        """Check the ranges; ConfigError names the setting and what is allowed."""
+        check_ranges(self, "goodput", memory=(1, inf), first_rate=(0, 1))
 
 
 def expected_tokens(rate: float, k: int) -> float:

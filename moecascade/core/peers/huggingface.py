@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from moecascade.core.policy import Policy
+from moecascade.core.settings import check_ranges
 from moecascade.core.step import Decision, Proposal, Step
-from moecascade.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,8 @@ class HuggingFaceSettings:
     transient: bool = False
 
     def __post_init__(self) -> None:
-        """Check the range; ConfigError names the setting."""
-        if self.first_k < 1:
-            raise ConfigError(
-                f"options of policy 'hf-heuristic': first_k must be at least 1, got {self.first_k}"
-            )
+        """Check the ranges; ConfigError names the setting and what is allowed."""
+        check_ranges(self, "hf-heuristic", first_k=(1, inf))
 
 
 class HuggingFace(Policy):

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from moecascade.core.peers.uniform import OneForAll
+from moecascade.core.settings import check_ranges
 from moecascade.core.step import RequestStep
-from moecascade.errors import ConfigError
 
 # Candidates by batch size, and by how much less than usual the average must be to go down.
 TIERS: dict[int, tuple[tuple[int, ...], float]] = {
@@ -28,6 +29,7 @@ TIERS: dict[int, tuple[tuple[int, ...], float]] = {
     32: ((0, 1), 0.0),
     64: ((0,), 0.0),
 }
+LEAST_ALPHA = 1e-6  # with less the average would hardly ever move
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,9 @@ class SglangSettings:
     first_k: int = 3
 
     def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the setting."""
-        if not 0 < self.ema_alpha <= 1:
-            raise ConfigError(
-                "options of policy 'sglang-adaptive': ema_alpha must be above 0 and at most 1, "
-                f"got {self.ema_alpha}"
-            )
-        for name, least in (("update_interval", 1), ("warmup", 0), ("first_k", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"options of policy 'sglang-adaptive': {name} must be at least {least}, "
-                    f"got {getattr(self, name)}"
-                )
+        """Check the ranges; ConfigError names the setting and what is allowed."""
+        counts = {"update_interval": (1, inf), "warmup": (0, inf), "first_k": (0, inf)}
+        check_ranges(self, "sglang-adaptive", ema_alpha=(LEAST_ALPHA, 1), **counts)
 
 
 class Tier:

@@ -6,31 +6,48 @@ A request goes through phases, each some steps long:
     test       a few short trials at different K, climbing towards higher utility
     set        a longer run at the best K seen, K = 0 if no K paid; then the next test
 
-Where tests end at K = 0 the set phases grow (back-off), so a request that cannot profit is hardly
-ever tested. `core.utility` says what the utility of a request in a batch is.
+Where each rule of the paper is:
+
+    utility: ETR over cost                              core.utility.Tally
+    test-and-set: t, M, S                               CascadeSettings, Cascade._advance
+    test phase: first K is the request's best so far    Cascade._first_k
+    hill climbing: keep the direction while U rises,    next_trial
+      turn when it falls; stop within 10%, past a
+      local maximum, at K = 0
+    set phase: the best K seen, 0 where no U reaches 1  best_trial, Cascade._begin_set
+    adaptive back-off: set phases double at K = 0       Cascade._begin_set
+    baseline refresh: about every 100 iterations        core.baseline.Baseline.due, Cascade.decide
+
+Ours, not the paper's:
+
+* After a first trial that loses the search goes down: utility is 1 at K = 0.
+* A request in a batch answers for its share of the step's extra time (`core.utility.cost_share`).
+* The baseline is by batch size, and refreshed for all requests of a batch at once.
+* A step as long as many is a pause of the machine, and counts for nothing (`pause`).
+* Set phases stop growing at `LONGEST_SET`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from moecascade.core.baseline import Baseline
 from moecascade.core.policy import Policy
+from moecascade.core.settings import check_ranges
 from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.core.utility import Tally, cost_share
-from moecascade.errors import ConfigError
 
 Trial = tuple[int, float]  # K, and the utility measured with it
-
 
 LONGEST_SET = 1 << 20  # steps, however often back-off has doubled them
 
 
 @dataclass(frozen=True, slots=True)
 class CascadeSettings:
-    """The paper's constants; its letter in brackets.
+    """The paper's constants, its letters in brackets, and one of ours.
 
     Attributes:
         trial_steps: Steps in a trial [t].
@@ -42,7 +59,7 @@ class CascadeSettings:
         baseline_steps: Steps at K = 0 that measure the baseline.
         refresh_steps: Age, in steps, at which the baseline is measured again.
         pause: A step longer than this many baselines is a pause of the machine, not a cost of
-            drafts, and is not counted (ours; the paper's highest cost is below 3).
+            drafts, and is not counted. Ours; the paper's highest cost is below 3.
     """
 
     trial_steps: int = 4
@@ -56,24 +73,20 @@ class CascadeSettings:
     pause: float = 10.0
 
     def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the setting and its least value."""
-        least = {
-            "trial_steps": 1,
-            "max_trials": 1,
-            "set_steps": 1,
-            "first_k": 1,
-            "tolerance": 0,
-            "backoff": 1,
-            "baseline_steps": 1,
-            "refresh_steps": 1,
-            "pause": 3,
-        }
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise ConfigError(
-                    f"options of policy 'cascade': {name} must be at least {low}, "
-                    f"got {getattr(self, name)}"
-                )
+        """Check the ranges; ConfigError names the setting and what is allowed."""
+        check_ranges(
+            self,
+            "cascade",
+            trial_steps=(1, inf),
+            max_trials=(1, inf),
+            set_steps=(1, inf),
+            first_k=(1, inf),
+            tolerance=(0, inf),
+            backoff=(1, inf),
+            baseline_steps=(1, inf),
+            refresh_steps=(1, inf),
+            pause=(3, inf),
+        )
 
 
 def next_trial(trials: Sequence[Trial], max_k: int, settings: CascadeSettings) -> int | None:
