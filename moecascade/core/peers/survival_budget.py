@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from moecascade.core.cost import CostModel
 from moecascade.core.policy import Policy
+from moecascade.core.settings import check_ranges
 from moecascade.core.step import (
     Decision,
     Expectation,
@@ -24,7 +26,6 @@ from moecascade.core.step import (
     Step,
     matching_prefix,
 )
-from moecascade.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class SurvivalSettings:
 
     Attributes:
         experts: Routed experts a layer, for the cost model's first guess.
-        top_k: How many of them a token is routed to.
+        top_k: Experts that a token is routed to, likewise.
         memory: Drafts over which a request's survival is averaged.
         belief: Drafts' worth of belief in what holds for all requests.
         first_rate: Chance of each draft token before anything is known.
@@ -46,17 +47,15 @@ class SurvivalSettings:
     first_rate: float = 0.6
 
     def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the setting."""
-        where = "options of policy 'survival-budget'"
-        if not 1 <= self.top_k <= self.experts:
-            raise ConfigError(f"{where}: top_k must be from 1 to {self.experts}, got {self.top_k}")
-        if not (self.memory >= 1 and self.belief > 0):
-            raise ConfigError(
-                f"{where}: memory must be at least 1 and belief above 0, "
-                f"got {self.memory} and {self.belief}"
-            )
-        if not 0 < self.first_rate < 1:
-            raise ConfigError(f"{where}: first_rate must be between 0 and 1, got {self.first_rate}")
+        """Check the ranges; ConfigError names the setting and what is allowed."""
+        check_ranges(
+            self,
+            "survival-budget",
+            top_k=(1, self.experts),
+            memory=(1, inf),
+            belief=(0.001, inf),
+            first_rate=(0.001, 0.999),
+        )
 
 
 @dataclass(slots=True)
@@ -95,13 +94,10 @@ class SurvivalBudget(Policy):
         self._keep = 1.0 - 1.0 / settings.memory
         self._requests: dict[str, _Request] = {}
         self._costs = CostModel(settings.experts, settings.top_k)
-        self._all: _Counts | None = None  # made when it is needed: `max_k` may be a mere bound
+        self._all = _Counts([settings.first_rate] * max_k, [1.0] * max_k)  # of all requests
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:
         """Begin with no evidence."""
-        if self._all is None:
-            rate = self.settings.first_rate
-            self._all = _Counts([rate] * self.max_k, [1.0] * self.max_k)
         nothing = _Counts([0.0] * self.max_k, [0.0] * self.max_k)
         self._requests[request_id] = _Request(min(max_k, self.max_k), nothing)
 
@@ -138,7 +134,7 @@ class SurvivalBudget(Policy):
             self._costs.observe(len(step.requests) + drafted, step.seconds)
         for part in step.requests:
             r = self._requests.get(part.request_id)
-            if r is not None and self._all is not None:
+            if r is not None:
                 right, known = _survived(r.draft, part)
                 r.draft = ()
                 r.counts.add(right, known, self._keep)
@@ -152,7 +148,6 @@ class SurvivalBudget(Policy):
         )
 
     def _survival(self, r: _Request) -> list[float]:
-        assert self._all is not None  # since the first `add`
         survival, chance = [], 1.0
         for place in range(self.max_k):
             general = self._all.accepted[place] / self._all.compared[place]
