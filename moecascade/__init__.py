@@ -1,7 +1,7 @@
 """Utility-driven speculative decoding for mixtures of experts: draft where it pays.
 
 The plugin for vLLM is `moecascade.vllm.Scheduler`. What stands here is for those who write policies
-of their own: the protocol `Policy`, `register` to give a class a name, `create` to make one.
+of their own: the base class `Policy`, `register` to give a class a name, `create` to make one.
 
     errors < core < telemetry < replay, vllm, localmodel < serving < evaluation < cli
 

@@ -24,7 +24,7 @@ from moecascade.core.options import (
     ServerOptions,
     request_options,
     server_options,
-    what_is_right,
+    valid_request_options,
 )
 from moecascade.core.spec import Spec
 from moecascade.core.step import Decision, Expectation, Proposal, RequestStep, Step
@@ -324,9 +324,9 @@ def test_a_misspelt_key_of_ours_is_refused_and_those_of_others_are_not(key: str)
 
 def test_of_options_that_are_partly_wrong_the_others_count() -> None:
     wrong = {"cascade_policy": "no-such", "cascade_max_k": 0, "cascade_task": "code", "seed": 1}
-    assert what_is_right(wrong, 8) == RequestOptions(None, 0, "code")
-    assert what_is_right({"cascade_max_k": 9, "cascade_policy": "off"}, 8).policy == "off"
-    assert what_is_right(None, 8) == RequestOptions()
+    assert valid_request_options(wrong, 8) == RequestOptions(None, 0, "code")
+    assert valid_request_options({"cascade_max_k": 9, "cascade_policy": "off"}, 8).policy == "off"
+    assert valid_request_options(None, 8) == RequestOptions()
 
 
 # ---- policies of others --------------------------------------------------------------------------

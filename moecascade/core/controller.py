@@ -17,7 +17,7 @@ from moecascade.core.options import (
     RequestOptions,
     ServerOptions,
     request_options,
-    what_is_right,
+    valid_request_options,
 )
 from moecascade.core.policy import Policy
 from moecascade.core.spec import parse
@@ -85,7 +85,7 @@ class Controller:
             asked = request_options(extra_args, self._max_k, self.settings_of)
         except ConfigError as error:
             self._on_fault("request options", f"{error}; the request runs without this one")
-            asked = what_is_right(extra_args, self._max_k, self.settings_of)
+            asked = valid_request_options(extra_args, self._max_k, self.settings_of)
         if not self._options.request_options:
             asked = RequestOptions(task=asked.task)
         try:

@@ -161,7 +161,7 @@ def request_options(
     return RequestOptions(policy, cap, task)
 
 
-def what_is_right(
+def valid_request_options(
     extra_args: Mapping[str, Any] | None,
     max_k: int | None,
     settings_of: Callable[[str], Mapping[str, Any]] = _no_settings,
