@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from moecascade import policies
 from moecascade.replay import player
@@ -193,9 +193,12 @@ def main() -> None:
             after[job] = value
             shown.advance(bar)
     console = Console()
-    console.print(speeds(found))
+    for name in paths:
+        console.print(speeds(name, found))
     made = list(bars(found, after))
-    table = Table("bar", "traces, curve", "wanted", "found", "", title="marginal in replay")
+    heads = ("bar", "traces, curve", "wanted", "found", "")
+    columns = [Column(head, overflow="fold") for head in heads]
+    table = Table(*columns, title="marginal in replay")
     for one in made:
         mark = "[green]holds[/green]" if one.held else "[bold red]missed[/bold red]"
         table.add_row(one.name, one.where, one.wanted, one.found, mark)
@@ -203,17 +206,18 @@ def main() -> None:
     sys.exit(0 if all(one.held for one in made) else 1)
 
 
-def speeds(found: dict[Task, dict[str, Any]]) -> Table:
+def speeds(name: str, found: dict[Task, dict[str, Any]]) -> Table:
     """Return a table of speed-ups, in brackets the worst request of a hundred tokens or more."""
-    places = list(dict.fromkeys((task.name, task.curve) for task in found))
-    table = Table("policy", *(f"{name}, {curve}" for name, curve in places))
+    curves = list(dict.fromkeys(task.curve for task in found if task.name == name))
+    columns = [Column(head, overflow="fold") for head in ("policy", *curves)]
+    table = Table(*columns, title=name)
     for policy in ALL:
         shown: list[str] = []
-        for place in places:
+        for curve in curves:
             rows: Sequence[dict[str, Any]] = [
                 row
                 for task, row in found.items()
-                if (task.name, task.curve, task.policy) == (*place, policy)
+                if (task.name, task.curve, task.policy) == (name, curve, policy)
             ]
             worst = min((row["worst_request"] for row in rows), default=0.0)
             shown.append(f"{fmean(r['speedup'] for r in rows):.2f} ({worst:.2f})" if rows else "")

@@ -1,4 +1,4 @@
-"""How many tokens of a draft will be accepted: learnt online, from drafts verified or not.
+"""The judge by text: learnt online, from drafts verified or not.
 
 A draft that was not verified can still be scored: compare it with the tokens that the target then
 generates (*shadow drafts*). With a temperature above 0 a draft token equals the sampled one exactly
@@ -6,10 +6,11 @@ as often as rejection sampling would accept it, for a drafter that does not samp
 nothing is lost by looking only. No verification is ever needed to learn.
 
 The chance that token i of a draft is accepted, given that those before it were, is a logistic
-function of a few categories of its context, its place in the draft, how the request's last drafts
-fared, and what the target wrote after the same words elsewhere (`continuations`). Weights are
-shared by all requests and follow the outcomes by gradient steps that get smaller with each
-category's evidence (AdaGrad).
+function of a few features: of the draft in its text (`context`), of how the request's last drafts
+fared, of the token's place, and of what the target wrote after the same words elsewhere
+(`continuations`). Each feature puts a token in one of its buckets, and each bucket has a weight.
+Weights are shared by all requests and follow the outcomes by gradient steps that get smaller with
+each bucket's evidence (AdaGrad).
 
 Many weights that are learnt at once from few drafts promise too much, above all for the drafts that
 look best, which are those that are verified. So log-odds are scaled by a slope, learnt in the same
@@ -18,63 +19,71 @@ way from how the promises were kept (Platt 1999), before they become chances.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import exp, sqrt
 
-from moecascade.core.marginal.context import Context, Text
-from moecascade.core.marginal.continuations import CLASSES, REACH, Phrases
+import numpy as np
 
-RATE = 0.5  # size of a first step; replay is flat between 0.3 and 0.8
-FADE = 0.8  # memory of a request's hits, a draft
-SLOPE_RATE, SLOPE_EVIDENCE = 1.0, 20.0  # of the slope: so that its first steps are small
-START = -0.6  # log-odds before anything is known: rather too low, for a first draft is a risk
-HITS = 0.3  # share of hits of a request that has had no draft yet
-FURTHER = 0.8, 5.0  # guess of a token's chance after right ones, and its weight in drafts
+from moecascade.core.cost import Array
+from moecascade.core.marginal.context import LONGEST_MATCH, Context, Text
+from moecascade.core.marginal.continuations import BUCKETS, PHRASE_TOKENS, Phrases
+from moecascade.core.marginal.judge import LONGEST, outcome
+from moecascade.core.step import RequestStep
 
-KEEP = 0.995  # of what is known of a place, a draft
-LONGEST = 64  # tokens of a draft that are judged
-TOKENS = 1 << 17  # that are told apart, as many pairs of them, so that memory is bounded
+LEARNING_RATE = 0.5  # size of a weight's first step, in log-odds
+SLOPE_RATE = 1.0  # the same for the slope
+SLOPE_EVIDENCE = 20.0  # squared errors that it begins with, so that its first steps are small
+FIRST_ODDS = -0.6  # log-odds before anything is known: rather too low, a first draft is a risk
+FIRST_HITS = 0.3  # share of hits of a request that has had no draft yet
+DECAY_HITS = 0.8  # of a request's share of hits, from one draft to the next
+NEXT_CHANCE = 0.8  # guess of a token's chance after right ones, beyond a draft's end
+NEXT_BELIEF = 5.0  # drafts that this guess weighs as much as
+DECAY_PLACES = 0.995  # of what is known of a place in drafts, from one draft to the next
 
-# Categories are places in one table, which is quick to read; each kind has a stretch of it.
-Features = tuple[int, ...]
-_MATCHES = 10  # classes of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32
-_STEPS = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)  # the class of each
-_STRETCHES = {
-    # of a draft
-    "any": 1,
-    "match": _MATCHES,
-    "agreed": 25,
-    "against": 2 * _MATCHES,
-    "hits": 9,
-    "last": 27,
-    # of one of its tokens
-    "place": _MATCHES * LONGEST,
-    "shorter": CLASSES,
-    "longer": CLASSES,
-    "token": TOKENS,
-    "before": TOKENS,
-    "pair": TOKENS,
-}
-_BEGINS = list(accumulate(_STRETCHES.values(), initial=0))
-_ANY, _MATCH, _AGREED, _AGAINST, _HITS, _LAST = _BEGINS[:6]
-_PLACE, _SHORTER, _LONGER, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[6:]
-_PLACES = [range(_PLACE + i, _SHORTER, _MATCHES) for i in range(_MATCHES)]  # after each match
+REMEMBERED = 3  # drafts of a request whose outcomes are a feature
+TOKENS = 1 << 17  # tokens that are told apart, and as many pairs of them: memory is bounded
 _MASK = TOKENS - 1
+_LENGTHS = 10  # buckets of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32
+_LENGTH = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)  # the bucket of each
+_SHARES = 5  # buckets of a share of earlier places: none; up to a third, two thirds, more; all
+_COUNTS = 5  # buckets of their number: 0, 1, 2, 3, more
+_HITS = 9  # buckets of a share of hits: eighths
+
+assert len(_LENGTH) == LONGEST_MATCH + 1
 
 
 @dataclass(slots=True)
-class _Shadow:
-    """A draft that waits for the tokens it will be compared with."""
+class Shadow:
+    """A judged draft that waits for the tokens it will be compared with.
 
-    tokens: Sequence[int]
-    features: Features  # that hold for all of its tokens, and
-    own: list[Features]  # for each of them
-    odds: list[float]  # log-odds of each, given that those before it are right
+    Attributes:
+        draft: Its tokens.
+        common: The weights that hold for all of its tokens.
+        own: The weights of each token.
+        odds: Log-odds of each token, given that those before it are right.
+        survival: Chance that at least 1, 2, ... tokens are accepted.
+        scored: Tokens that were compared so far.
+        right: How many of these were right.
+        errors: Sum of the errors of the chances that were predicted for these.
+        squares: Sum of the squares of these errors.
+    """
+
+    draft: Sequence[int]
+    common: tuple[int, ...]
+    own: list[tuple[int, ...]]
+    odds: list[float]
+    survival: list[float]
     scored: int = 0
-    errors: float = 0.0  # of the chances that were predicted, summed, and
-    squares: float = 0.0  # their squares
+    right: int = 0
+    errors: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token is left to compare: all were, or one was wrong."""
+        return self.right < self.scored or self.scored == len(self.own)
 
 
 @dataclass(slots=True)
@@ -84,23 +93,66 @@ class Record:
     Attributes:
         text: Prompt and output so far.
         hits: Recent share of drafts whose first token was right.
-        last: Outcomes of the last three drafts that were scored to their end, each a digit to the
-            base of 3: none, 1 or 2, 3 or more tokens right.
+        last: Outcomes of its last drafts that were scored to their end, see `judge.outcome`.
         shadow: The latest draft, until it is scored to its end. Older ones are not followed: they
             overlap it, and replay is no better with them.
     """
 
     text: Text
-    hits: float = HITS
+    hits: float = FIRST_HITS
     last: int = 0
-    shadow: _Shadow | None = None
+    shadow: Shadow | None = None
 
 
-class Acceptance:
-    """The predictor, shared by all requests of a policy."""
+def _agreed(_record: Record, context: Context) -> int:
+    share = 0 if not context.agreed else 1 + 3 * context.agreed // context.places
+    return _COUNTS * share + min(context.places, _COUNTS - 1)
 
-    def __init__(self) -> None:
+
+def _against(_record: Record, context: Context) -> int:
+    return 2 * _LENGTH[context.opposing] + (context.opposing >= context.agreeing)
+
+
+# Features of a draft, the same for all of its tokens: name, buckets, and in which bucket it is.
+DRAFT_FEATURES: tuple[tuple[str, int, Callable[[Record, Context], int]], ...] = (
+    ("any", 1, lambda _record, _context: 0),
+    ("match", _LENGTHS, lambda _record, context: _LENGTH[context.agreeing]),
+    ("agreed", _SHARES * _COUNTS, _agreed),
+    ("against", 2 * _LENGTHS, _against),
+    ("hits", _HITS, lambda record, _context: int(record.hits * (_HITS - 1))),
+    ("last", 3**REMEMBERED, lambda record, _context: record.last),
+)
+# Features of one of its tokens: name and buckets; `TextJudge.predict` says in which bucket it is,
+# in line, for that is most of the work.
+TOKEN_FEATURES = (
+    ("place", _LENGTHS * LONGEST),  # in the draft, after a match of such a length
+    ("phrase of two", BUCKETS),
+    ("phrase of four", BUCKETS),
+    ("token", TOKENS),
+    ("token before", TOKENS),
+    ("pair", TOKENS),  # of both
+)
+# The weights of all features are one table, which is quick to read: where each feature's begin.
+_SIZES = [size for _, size, _ in DRAFT_FEATURES] + [size for _, size in TOKEN_FEATURES]
+_BEGINS = list(accumulate(_SIZES, initial=0))
+_OF_DRAFT = [
+    (begin, bucket) for begin, (_, _, bucket) in zip(_BEGINS, DRAFT_FEATURES, strict=False)
+]
+_PLACE, _PHRASE_OF_TWO, _PHRASE_OF_FOUR, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[len(_OF_DRAFT) :]
+_PLACES = [range(_PLACE + i, _PHRASE_OF_TWO, _LENGTHS) for i in range(_LENGTHS)]  # by match
+
+
+class TextJudge:
+    """The predictor, shared by all requests of a policy.
+
+    Args:
+        width: Tokens of a draft that it answers for.
+    """
+
+    def __init__(self, width: int) -> None:
         """Begin with no evidence."""
+        self._width = width
+        self._records: dict[str, Record] = {}
         self._weights = [0.0] * _END
         self._evidence = [1.0] * _END
         self._slope, self._slope_evidence = 1.0, SLOPE_EVIDENCE
@@ -108,78 +160,104 @@ class Acceptance:
         self._right = [0.0] * LONGEST  # by place in a draft, of those that were compared
         self._tried = [0.0] * LONGEST
 
-    def predict(self, record: Record, draft: Sequence[int]) -> list[float]:
-        """Return the chance that at least 1, 2, ... tokens of `draft` are accepted.
+    def begin(self, request_id: str, prompt: Sequence[int]) -> None:
+        """Keep the prompt."""
+        self._records[request_id] = Record(Text(prompt))
 
-        Of its first `LONGEST`, that is. The draft is remembered, and scored when the tokens come:
-        see `learn`.
+    def end(self, request_id: str) -> None:
+        """Forget the text."""
+        self._records.pop(request_id, None)
+
+    def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
+        """Judge drafts in turn, each to be scored when its tokens come; see `Judge.propose`.
+
+        A draft takes the place of the request's last one, which is learnt from first.
         """
+        survival = np.zeros((len(drafts), self._width))
+        for row, request_id, draft in zip(survival, request_ids, drafts, strict=True):
+            if draft:
+                record = self._records[request_id]
+                self._close(record)
+                shadow = record.shadow = self.predict(record, draft)
+                chances = shadow.survival[: self._width]
+                row[: len(chances)] = chances
+        return survival
+
+    def predict(self, record: Record, draft: Sequence[int]) -> Shadow:
+        """Return a draft's first `LONGEST` tokens judged. Changes nothing: asking is free."""
         text, weights, slope = record.text, self._weights, self._slope
         context = text.context(draft[0])
-        if record.shadow is not None:
-            self._end(record.shadow)
-            if record.shadow.scored:  # right as far as it was compared, or it would not be here
-                record.hits = _faded(record.hits, True)
-        features = _features(record, context)
-        common = START + sum([weights[key] for key in features])
-        own: list[Features] = []
+        common = tuple([begin + bucket(record, context) for begin, bucket in _OF_DRAFT])
+        base = FIRST_ODDS + sum([weights[key] for key in common])
+        own: list[tuple[int, ...]] = []
         odds: list[float] = []
         survival: list[float] = []
         chance = 1.0
         before = context.before & _MASK
-        for token, place, (shorter, longer) in zip(
+        for token, place, (of_two, of_four) in zip(
             draft,
-            _PLACES[_STEPS[context.agreeing]],
-            self._phrases.classes(text.ending(REACH), draft),
+            _PLACES[_LENGTH[context.agreeing]],
+            self._phrases.buckets(text.ending(PHRASE_TOKENS), draft),
             strict=False,
         ):
-            # Its place after such a match; itself; what it follows; both; and how it stands to the
-            # phrases before it.
             here = token & _MASK
             keys = (
                 place,
                 _TOKEN + here,
                 _BEFORE + before,
                 _PAIR + ((before * 1_000_003 + here) & _MASK),
-                _SHORTER + shorter,
-                _LONGER + longer,
+                _PHRASE_OF_TWO + of_two,
+                _PHRASE_OF_FOUR + of_four,
             )
             a, b, c, d, e, f = keys
-            z = common + weights[a] + weights[b] + weights[c] + weights[d] + weights[e] + weights[f]
+            z = base + weights[a] + weights[b] + weights[c] + weights[d] + weights[e] + weights[f]
             chance /= 1.0 + exp(-slope * z)
             own.append(keys)
             odds.append(z)
             survival.append(chance)
             before = here
-        record.shadow = _Shadow(draft, features, own, odds)
-        return survival
+        return Shadow(draft, common, own, odds, survival)
 
-    def prolonged(self, survival: Iterable[float], length: int) -> list[float]:
-        """Return a prediction prolonged to `length` tokens, those of which nothing is known yet.
+    def prolonged(self, survival: Array, lengths: Sequence[int]) -> Array:
+        """Return survival prolonged: see `Judge.prolonged`.
 
         A token there has the chance that tokens in its place have had, given those before it.
         """
-        longer = list(survival)[:length]
-        guess, weight = FURTHER
-        while longer and len(longer) < length:
-            place = min(len(longer), LONGEST - 1)
-            right, tried = self._right[place], self._tried[place]
-            longer.append(longer[-1] * (right + guess * weight) / (tried + weight))
+        right, tried = np.array(self._right), np.array(self._tried)
+        chances = (right + NEXT_CHANCE * NEXT_BELIEF) / (tried + NEXT_BELIEF)
+        longer = survival.copy()
+        for row, length in zip(longer, lengths, strict=True):
+            if 0 < length < self._width:
+                row[length:] = row[length - 1] * np.cumprod(chances[length : self._width])
         return longer
 
-    def learn(self, record: Record, tokens: Sequence[int]) -> None:
-        """Take the tokens that were generated: score the draft, learn, extend the text."""
-        if record.shadow is not None and not self._score(record, record.shadow, tokens):
+    def learn(self, parts: Sequence[RequestStep]) -> None:
+        """Take what was written: score drafts, learn, extend the texts."""
+        for part in parts:
+            self.score(self._records[part.request_id], part.tokens)
+
+    def follow(self, parts: Sequence[RequestStep]) -> None:
+        """Extend the texts; their drafts were not waited for."""
+        for part in parts:
+            record = self._records[part.request_id]
             record.shadow = None
-        self._phrases.learn(record.text.ending(REACH), tokens)
+            record.text.extend(part.tokens)
+
+    def score(self, record: Record, tokens: Sequence[int]) -> None:
+        """Compare a request's draft with new tokens, learn from both, extend its text."""
+        if record.shadow is not None:
+            self._compare(record.shadow, tokens)
+            if record.shadow.ended:
+                self._close(record)
+        self._phrases.learn(record.text.ending(PHRASE_TOKENS), tokens)
         record.text.extend(tokens)
 
-    def _score(self, record: Record, shadow: _Shadow, tokens: Sequence[int]) -> bool:
-        """Compare a draft with new tokens; return whether it has tokens left to compare."""
+    def _compare(self, shadow: Shadow, tokens: Iterable[int]) -> None:
+        """Learn from each token of a draft that can be compared now."""
         right, tried = self._right, self._tried
-        draft, i = shadow.tokens, shadow.scored
         for token in tokens:
-            hit = draft[i] == token
+            i = shadow.scored
+            hit = shadow.draft[i] == token
             odds = shadow.odds[i]
             error = 1.0 / (1.0 + exp(-odds)) - hit
             square = error * error
@@ -190,49 +268,30 @@ class Acceptance:
             self._slope = max(0.0, slope)  # below, what looks better would count as worse
             shadow.errors += error
             shadow.squares += square
-            right[i] = KEEP * right[i] + hit
-            tried[i] = KEEP * tried[i] + 1.0
-            i += 1
-            if not hit or i == len(shadow.own):
-                shadow.scored = i
-                self._end(shadow)
-                _remember(record, i - 1 + hit)
-                return False
-        shadow.scored = i
-        return True
+            right[i] = DECAY_PLACES * right[i] + hit
+            tried[i] = DECAY_PLACES * tried[i] + 1.0
+            shadow.scored += 1
+            shadow.right += hit
+            if shadow.ended:
+                return
 
-    def _end(self, shadow: _Shadow) -> None:
-        """Learn from a draft what is the same for all of its tokens: once for those compared."""
-        if shadow.scored:
-            self._move(shadow.features, shadow.errors, shadow.squares)
+    def _close(self, record: Record) -> None:
+        """Learn from a request's draft what is the same for all of its tokens: once for those seen.
 
-    def _move(self, keys: Features, error: float, square: float) -> None:
+        One that is replaced before its end was right as far as it was compared.
+        """
+        shadow, record.shadow = record.shadow, None
+        if shadow is None or not shadow.scored:
+            return
+        self._move(shadow.common, shadow.errors, shadow.squares)
+        record.hits = DECAY_HITS * record.hits + (1.0 - DECAY_HITS) * (shadow.right > 0)
+        if shadow.ended:
+            record.last = outcome(record.last, shadow.right, REMEMBERED)
+
+    def _move(self, keys: Iterable[int], error: float, square: float) -> None:
         """Move weights against an error, the less the more has been seen of each."""
         weights, evidence = self._weights, self._evidence
-        error *= RATE
+        error *= LEARNING_RATE
         for key in keys:
             seen = evidence[key] = evidence[key] + square
             weights[key] -= error / sqrt(seen)
-
-
-def _faded(hits: float, hit: bool) -> float:
-    return FADE * hits + (1.0 - FADE) * hit
-
-
-def _remember(record: Record, right: int) -> None:
-    record.hits = _faded(record.hits, right > 0)
-    record.last = (3 * record.last + (0 if right == 0 else 1 if right < 3 else 2)) % 27
-
-
-def _features(record: Record, context: Context) -> Features:
-    """Return the categories that hold for every token of a draft, the first for any draft."""
-    agreeing, opposing, places, agreed, _ = context
-    share = 0 if not agreed else 1 + 3 * agreed // places
-    return (
-        _ANY,
-        _MATCH + _STEPS[agreeing],
-        _AGREED + 5 * share + min(places, 4),
-        _AGAINST + 2 * _STEPS[opposing] + (opposing >= agreeing),
-        _HITS + int(record.hits * 8),
-        _LAST + record.last,
-    )

@@ -9,36 +9,10 @@ less and less, so what is admitted of a draft is always its beginning.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Whole = NDArray[np.intp]
-
-
-@dataclass(slots=True)
-class Rate:
-    """Tokens per baseline step, old ones fading: lambda.
-
-    Attributes:
-        tokens: Tokens given.
-        time: Baseline steps that they took.
-    """
-
-    tokens: float
-    time: float
-
-    def add(self, tokens: float, time: float, keep: float) -> None:
-        """Add a step; of what was before a part `keep` counts on."""
-        self.tokens = keep * self.tokens + tokens
-        self.time = keep * self.time + time
-
-    @property
-    def value(self) -> float:
-        """The rate, at least 1: without drafts it is 1."""
-        return max(1.0, self.tokens / self.time)
+from moecascade.core.cost import Array
 
 
 def admitted(worths: Iterable[float], requests: int, costs: Sequence[float]) -> int:
@@ -58,43 +32,25 @@ def admitted(worths: Iterable[float], requests: int, costs: Sequence[float]) -> 
     return best
 
 
-def by_state(
-    states: Whole,
-    lengths: Whole,
-    width: int,
-    ranked: tuple[Whole, Array],
-    rate: float,
-    costs: Array,
-    requests: int,
-) -> list[int]:
-    """Return how many tokens of each draft are admitted, where drafts in one state are alike.
+def allot(worth: Array, lengths: Sequence[int], requests: int, costs: Array) -> list[int]:
+    """Return how many tokens of each draft are admitted.
 
-    The same as `admitted`, but what is sorted are the slots of states, which are few, each as often
-    as there are drafts that have it.
+    The same as `admitted` on all slots in order; of slots worth the same, those of earlier requests
+    come first.
 
     Args:
-        states: The state of each draft, shape (n,).
-        lengths: How many of its tokens may be verified, shape (n,).
-        width: The most that these can be.
-        ranked: The slots of all states, ``state * width + place``, best first, and their chances.
-        rate: Lambda, one for all.
+        worth: Of each slot, shape (drafts, width), falling along a draft.
+        lengths: How many of each draft's tokens may be verified.
+        requests: Requests in the batch; may be more than there are drafts here.
         costs: As for `admitted`.
-        requests: Likewise; may be more than there are drafts here.
     """
-    slots, chances = ranked
-    number = slots.size // width
-    ending = np.bincount(states * (width + 1) + lengths, minlength=number * (width + 1))
-    having = ending.reshape(number, -1)[:, :0:-1].cumsum(axis=1)[:, ::-1]
-    counts = having.ravel()[slots]
-    worth = np.repeat(chances / rate, counts)
-    surplus = np.cumsum(worth) - requests * (costs[1 : worth.size + 1] - 1.0)
-    best = int(surplus.argmax()) + 1 if worth.size and surplus.max() > 0.0 else 0
-    through = counts.cumsum()
-    whole = int(np.searchsorted(through, best, side="right"))  # slots for all that have them
-    ks = np.minimum(np.bincount(slots[:whole] // width, minlength=number)[states], lengths)
-    if whole < slots.size:  # the next one is for some
-        some = best - (int(through[whole - 1]) if whole else 0)
-        of, place = divmod(int(slots[whole]), width)
-        ks[np.flatnonzero((states == of) & (lengths > place))[:some]] += 1
-    found: list[int] = ks.tolist()
-    return found
+    if len(lengths) == 1:  # in order already
+        (length,) = lengths
+        return [admitted(worth[0, :length].tolist(), requests, costs[: length + 1].tolist())]
+    there = np.arange(worth.shape[1]) < np.array(lengths)[:, None]
+    slots, owners = worth[there], there.nonzero()[0]
+    best_first = np.argsort(-slots, kind="stable")
+    surplus = np.cumsum(slots[best_first]) - requests * (costs[1 : slots.size + 1] - 1.0)
+    count = int(surplus.argmax()) + 1 if slots.size and surplus.max() > 0.0 else 0
+    ks: list[int] = np.bincount(owners[best_first[:count]], minlength=len(lengths)).tolist()
+    return ks

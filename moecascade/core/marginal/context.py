@@ -11,16 +11,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-PLACES = 8  # latest earlier places that are looked at
-REACH = 32  # longest match that is told apart
-NEWEST = 16_384  # tokens of a prompt that are kept: the latest ones
+PLACES = 8  # latest earlier places of the text's last two tokens that are looked at
+LONGEST_MATCH = 32  # tokens of a match that are told apart
+NEWEST = 16_384  # tokens of a prompt that are kept, the latest ones: memory is bounded
 
 
 class Context(NamedTuple):
     """A draft in its text.
 
     Attributes:
-        agreeing: Longest match that was followed by the draft's first token (0 to `REACH`).
+        agreeing: Longest match that was followed by the draft's first token, in tokens; at most
+            `LONGEST_MATCH`, 0 for none.
         opposing: Longest match that was followed by another token.
         places: Earlier places of the last two tokens, at most `PLACES`.
         agreed: How many of them were followed by the draft's first token.
@@ -76,21 +77,14 @@ class Text:
 
 
 def _longer(text: Sequence[int], place: int, here: int, than: int) -> int:
-    """Return how many tokens before `place` equal those before `here`, two being known.
+    """Return how many tokens before `place` equal those before `here`, or `than` if that is more.
 
-    If they are not more than those known already, the answer is that.
+    Two are known to be equal.
     """
-    length = than or 2
-    # Most matches are not longer, and time is short: one more token would have to be the same.
-    if length == REACH or length >= place or text[place - length - 1] != text[here - length - 1]:
-        return length
-    furthest = min(REACH, place)
-    length = 2
-    step = 16  # found by halving, with whole slices
-    while step:
-        longer = length + step
-        if longer <= furthest and text[place - longer : place] == text[here - longer : here]:
-            length = longer
-        else:
-            step //= 2
-    return max(length, than)
+    length, most = than or 2, min(LONGEST_MATCH, place)
+    # One slice tells whether the match is longer; most are not, and time is short.
+    if length < most and text[place - length - 1 : place] == text[here - length - 1 : here]:
+        length += 1
+        while length < most and text[place - length - 1] == text[here - length - 1]:
+            length += 1
+    return length

@@ -14,15 +14,15 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-REACH = 4  # tokens of the longer phrases; the shorter ones have two
+PHRASE_TOKENS = 4  # tokens of the longer phrases; the shorter ones have two
 SLOTS = 1 << 19  # counts that are kept; hashes that meet share one
 HALVED_EVERY = SLOTS // 4  # tokens after which what is known counts half, so that slots come free
-CLASSES = 40  # that a token of a draft may be of, for each of the two phrases before it
+BUCKETS = 40  # for each of the two phrases that a draft's token follows
 
 _ODD, _FAR = 40_503, 60_493  # multipliers of the hashes: odd, so that nothing of a hash is lost
 _NONE = 0  # stands for what precedes the text
 _MASK = SLOTS - 1
-# The class of a phrase that occurred n times, five classes for each.
+# The first of the five buckets of a phrase that occurred n times: 1, 2, 3, 4-7, 8-15, 16-63, more.
 _OCCURRED = [5 * n for n in (0, 1, 2, 3, *[4] * 4, *[5] * 8, *[6] * 48, 7)]
 _OFTEN = len(_OCCURRED) - 1
 
@@ -40,41 +40,41 @@ class Phrases:
         """Count what was generated.
 
         Args:
-            before: The last `REACH` tokens before them, fewer where there are no more.
+            before: The last `PHRASE_TOKENS` tokens before them, fewer where there are no more.
             tokens: The tokens.
         """
         seen, followed = self._seen, self._followed
-        furthest, further, shorter, last = _pairs(before)
+        two_back, one_back, pair, last = _pairs(before)
         for token in tokens:
-            longer = shorter * _FAR + furthest
-            seen[shorter & _MASK] += 1.0
-            followed[(shorter * _ODD + token) & _MASK] += 1.0
-            seen[longer & _MASK] += 1.0
-            followed[(longer * _ODD + token) & _MASK] += 1.0
-            furthest, further, shorter, last = further, shorter, last * _ODD + token, token
+            four = pair * _FAR + two_back
+            seen[pair & _MASK] += 1.0
+            followed[(pair * _ODD + token) & _MASK] += 1.0
+            seen[four & _MASK] += 1.0
+            followed[(four * _ODD + token) & _MASK] += 1.0
+            two_back, one_back, pair, last = one_back, pair, last * _ODD + token, token
         self._learnt += len(tokens)
         if self._learnt >= HALVED_EVERY:
             self._learnt = 0
             self._counts *= 0.5
 
-    def classes(self, before: Sequence[int], draft: Sequence[int]) -> list[tuple[int, int]]:
+    def buckets(self, before: Sequence[int], draft: Sequence[int]) -> list[tuple[int, int]]:
         """Return for each token of a draft how it stands to the phrases that it would follow.
 
-        The two classes, of the shorter and of the longer phrase, are each a number below
-        `CLASSES`: by how often the phrase occurred, and how often that token followed.
+        Of the phrase of two tokens and of that of four the bucket, a number below `BUCKETS`: by how
+        often the phrase occurred, and how often that token followed; 0 where it never occurred.
         """
         seen, followed = self._seen, self._followed
-        furthest, further, shorter, last = _pairs(before)
+        two_back, one_back, pair, last = _pairs(before)
         found = []
         for token in draft:
-            short = long = 0
-            if n := seen[shorter & _MASK]:
-                short = _class_of(n, followed[(shorter * _ODD + token) & _MASK])
-                longer = shorter * _FAR + furthest
-                if n := seen[longer & _MASK]:  # which cannot be where the shorter was never seen
-                    long = _class_of(n, followed[(longer * _ODD + token) & _MASK])
-            found.append((short, long))
-            furthest, further, shorter, last = further, shorter, last * _ODD + token, token
+            of_two = of_four = 0
+            if n := seen[pair & _MASK]:
+                of_two = _bucket(n, followed[(pair * _ODD + token) & _MASK])
+                four = pair * _FAR + two_back
+                if n := seen[four & _MASK]:  # which cannot be where the two were never seen
+                    of_four = _bucket(n, followed[(four * _ODD + token) & _MASK])
+            found.append((of_two, of_four))
+            two_back, one_back, pair, last = one_back, pair, last * _ODD + token, token
         return found
 
 
@@ -83,16 +83,16 @@ def _view(counts: NDArray[np.float32]) -> MutableSequence[float]:
     return cast("MutableSequence[float]", counts.data)
 
 
-def _class_of(occurred: float, so: float) -> int:
-    """Return the class of a phrase that occurred, and went on so: never, seldom, ..., always."""
+def _bucket(occurred: float, so: float) -> int:
+    """Return the bucket of a phrase that occurred, and went on so: never, seldom, ..., always."""
     share = 0 if so == 0.0 else 4 if so >= occurred else 1 + int(3.0 * so / occurred)
     return share + _OCCURRED[int(occurred) if occurred < _OFTEN else _OFTEN]
 
 
 def _pairs(before: Sequence[int]) -> tuple[int, int, int, int]:
-    """Return hashes of the last pairs of tokens, the earliest first, and the last token.
+    """Return hashes of the pairs of the last four tokens, the earliest first, and the last token.
 
-    The last pair is the shorter phrase; it and the pair before it are the longer one.
+    The last pair is the phrase of two; with the pair two back it is the phrase of four.
     """
-    a, b, c, d = (_NONE,) * (REACH - len(before)) + tuple(before)
+    a, b, c, d = (_NONE,) * (PHRASE_TOKENS - len(before)) + tuple(before)
     return a * _ODD + b, b * _ODD + c, c * _ODD + d, d

@@ -13,7 +13,7 @@ import numpy as np
 
 from moecascade.core.cost import Array
 
-KEEP = 0.9  # of what drafts were worth, from one step to the next
+DECAY_WORTH = 0.9  # of what drafts were worth, from one step to the next
 LOOK_EVERY = 64  # steps after which one token more is drafted, to see what has become of it
 
 
@@ -45,7 +45,7 @@ class Drafting:
             drafted = slots[place < k]
             surplus = np.cumsum(drafted) - delay[1 : drafted.size + 1]
             lately[k] = max(0.0, float(surplus.max()))
-        self._worth += (1.0 - KEEP) * (lately - self._worth)
+        self._worth += (1.0 - DECAY_WORTH) * (lately - self._worth)
 
     def length(self, pass_delay: float) -> int:
         """Return how many tokens to draft, at least 1.

@@ -1,4 +1,4 @@
-"""How many tokens of a draft will be accepted, judged by how the request's last drafts fared.
+"""The judge by recent drafts: a draft fares much as the request's last ones did.
 
 Coarser than `acceptance`, which reads the text, and thirty times cheaper: for batches so
 large that time for each request is short. There it is as good (docs/policies.md): a batch reads
@@ -8,94 +8,109 @@ most experts anyway, so the question is hardly whether to draft, but who may dra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-DRAFTS = 4  # that are remembered of a request
-STATES: int = 3**DRAFTS
+from moecascade.core.cost import Array
+from moecascade.core.marginal.judge import outcome
+from moecascade.core.step import RequestStep
+
+REMEMBERED = 4  # drafts of a request that are its state
+STATES: int = 3**REMEMBERED
 FIRST = 0  # state of a request that has had no draft yet: as if none had been right
 
-EVERY = 8  # steps from one renewal of the table to the next
-KEEP = 0.98  # of the evidence, at each renewal
-BELIEF = 4.0  # drafts' worth of belief in what holds for all states
-GUESS = 0.4  # chance of the first token of a draft before anything is known, and
-NEXT = 0.7  # of the others, given that those before were right
+RENEWED_EVERY = 8  # steps from one renewal of the table to the next: that takes time
+DECAY_TABLE = 0.98  # of the evidence, at each renewal
+BELIEF = 4.0  # drafts that what holds for all states weighs as much as
+FIRST_CHANCE = 0.4  # of the first token of a draft before anything is known
+NEXT_CHANCE = 0.7  # of the others, given that those before were right
 
 
-class History:
-    """The table, shared by all requests of a policy.
+@dataclass(slots=True)
+class _Record:
+    """One request: its state, see `judge.outcome`, and the draft that waits for its tokens."""
 
-    A request's state is what became of its last `DRAFTS` drafts: no token right, one or two, more.
+    state: int = FIRST
+    draft: Sequence[int] = ()
+
+
+class RecentJudge:
+    """The table of chances by state, shared by all requests of a policy.
 
     Args:
-        max_k: Longest draft.
+        width: Tokens of a draft that it answers for.
     """
 
-    def __init__(self, max_k: int) -> None:
+    def __init__(self, width: int) -> None:
         """Begin with no evidence."""
-        self._width = max_k + 1
+        self._records: dict[str, _Record] = {}
+        self._width = width
         # Drafts by state and tokens right, those that ended with a wrong token apart from those of
         # which no more was seen. Lists, because one number at a time is changed.
-        self._ended = [0.0] * (STATES * self._width)
-        self._cut = [0.0] * (STATES * self._width)
+        self._ended = [0.0] * (STATES * (width + 1))
+        self._cut = [0.0] * (STATES * (width + 1))
         self._steps = 0
-        self._renew()
+        self._survival = self._table()
 
-    def survival(self, states: Sequence[int]) -> NDArray[np.float64]:
-        """Return the chance that at least 1, 2, ... tokens are accepted, shape (states, max_k)."""
-        found: NDArray[np.float64] = self._survival[states]
-        return found
+    def begin(self, request_id: str, _prompt: Sequence[int]) -> None:
+        """Begin as if no draft had been right."""
+        self._records[request_id] = _Record()
 
-    def ranked(self) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Return the slots of all states by their chances, best first, and these.
+    def end(self, request_id: str) -> None:
+        """Forget the request."""
+        self._records.pop(request_id, None)
 
-        Slot ``state * max_k + i`` is token i + 1 of a draft in that state; those of one state are
-        in order.
-        """
-        return self._slots, self._chances
+    def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
+        """Look up the requests' states; see `Judge.propose`."""
+        records = [self._records[request_id] for request_id in request_ids]
+        for record, draft in zip(records, drafts, strict=True):
+            record.draft = draft
+        survival: Array = self._survival[[record.state for record in records]]
+        return survival
 
-    def learn(self, state: int, draft: Sequence[int], tokens: Sequence[int]) -> int:
-        """Compare a draft with the tokens that were generated; return the request's next state.
+    def prolonged(self, survival: Array, _lengths: Sequence[int]) -> Array:
+        """Return survival as it is: it does not depend on the draft."""
+        return survival
 
-        Args:
-            state: The request's state when the draft was made.
-            draft: The draft, verified or not, at least one token.
-            tokens: What the step emitted, at least one token.
-        """
-        if draft[0] != tokens[0]:  # most are, and time is short
-            self._ended[state * self._width] += 1.0
-            return 3 * state % STATES
-        right, compared = 1, min(len(draft), len(tokens))
+    def learn(self, parts: Sequence[RequestStep]) -> None:
+        """Count how the drafts fared; now and then let the table follow."""
+        records, count = self._records, self._count
+        for part in parts:
+            record, tokens = records[part.request_id], part.tokens
+            if record.draft and tokens:
+                record.state = count(record.state, record.draft, tokens)
+                record.draft = ()
+        self._steps += 1
+        if self._steps % RENEWED_EVERY == 0:
+            self._survival = self._table()
+            self._ended = [DECAY_TABLE * count for count in self._ended]
+            self._cut = [DECAY_TABLE * count for count in self._cut]
+
+    def follow(self, parts: Sequence[RequestStep]) -> None:
+        """Compare nothing: the drafts were others."""
+        for part in parts:
+            self._records[part.request_id].draft = ()
+
+    def _count(self, state: int, draft: Sequence[int], tokens: Sequence[int]) -> int:
+        """Count a draft by the tokens that were written; return the request's next state."""
+        right, compared = 0, min(len(draft), len(tokens), self._width)
         while right < compared and draft[right] == tokens[right]:
             right += 1
         counts = self._ended if right < compared else self._cut
-        counts[state * self._width + right] += 1.0
-        return (3 * state + (1 if right < 3 else 2)) % STATES
+        counts[state * (self._width + 1) + right] += 1.0
+        return outcome(state, right, REMEMBERED)
 
-    def step(self) -> None:
-        """Count a step: now and then the table follows what was learnt."""
-        self._steps += 1
-        if self._steps % EVERY == 0:
-            self._renew()
-            self._ended = [KEEP * count for count in self._ended]
-            self._cut = [KEEP * count for count in self._cut]
-
-    def _renew(self) -> None:
-        """Let the table follow the evidence."""
-        self._survival = self._table()
-        self._slots = np.argsort(-self._survival, axis=None, kind="stable")
-        self._chances = self._survival.ravel()[self._slots]
-
-    def _table(self) -> NDArray[np.float64]:
-        ended = np.array(self._ended).reshape(STATES, self._width)
-        seen = ended + np.array(self._cut).reshape(STATES, self._width)
+    def _table(self) -> Array:
+        """Return the chance that at least 1, 2, ... tokens are accepted, by state."""
+        ended = np.array(self._ended).reshape(STATES, -1)
+        seen = ended + np.array(self._cut).reshape(STATES, -1)
         # At least j + 1 tokens right; and: the token at j was compared.
         right = np.cumsum(seen[:, ::-1], axis=1)[:, ::-1][:, 1:]
         tried = right + ended[:, :-1]
-        guess = np.full(self._width - 1, NEXT)
-        guess[0] = GUESS
+        guess = np.full(self._width, NEXT_CHANCE)
+        guess[0] = FIRST_CHANCE
         general = (right.sum(axis=0) + BELIEF * guess) / (tried.sum(axis=0) + BELIEF)
         chances = (right + BELIEF * general) / (tried + BELIEF)
-        survival: NDArray[np.float64] = np.cumprod(chances, axis=1)
+        survival: Array = np.cumprod(chances, axis=1)
         return survival

@@ -1,0 +1,179 @@
+"""At what rate requests get tokens (lambda), and what drafts have cost them.
+
+In a small batch each request pays at its own rate, and may lose little. In a large one all pay at
+the rate of the batch, which makes its throughput highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from moecascade.core.cost import Array
+from moecascade.core.step import RequestStep
+from moecascade.core.utility import cost_share
+
+SHORTEST = 100.0  # baseline steps of which a short request may lose its part
+FIRST_RATE = 1.2  # tokens per baseline step before anything is known
+FIRST_TIME = 50.0  # baseline steps that this guess weighs as much as, in the rate of all requests
+DECAY_ALL = 0.999  # of the rate of all requests, from one of their steps to the next
+
+
+@dataclass(slots=True)
+class Rate:
+    """Tokens per baseline step, old ones fading: lambda.
+
+    Attributes:
+        tokens: Tokens given.
+        time: Baseline steps that they took.
+    """
+
+    tokens: float
+    time: float
+
+    def add(self, tokens: float, time: float, keep: float) -> None:
+        """Add a step; of what was before a part `keep` counts on."""
+        self.tokens = keep * self.tokens + tokens
+        self.time = keep * self.time + time
+
+    @property
+    def value(self) -> float:
+        """The rate, at least 1: without drafts it is 1."""
+        return max(1.0, self.tokens / self.time)
+
+
+class Accounts(Protocol):
+    """What requests pay, and what they can bear."""
+
+    def rates(self, request_ids: Sequence[str]) -> Array:
+        """Return the lambda of each request, shape (requests, 1)."""
+
+    def limits(
+        self, request_ids: Sequence[str], lengths: Sequence[int], requests: int, costs: Array
+    ) -> Sequence[int]:
+        """Return how many tokens of drafts of such lengths may be verified.
+
+        Args:
+            request_ids: The requests that have them.
+            lengths: Tokens of their drafts that could be verified.
+            requests: Requests in the batch.
+            costs: Of 0, 1, ... drafts in it.
+        """
+
+    def charge(self, parts: Sequence[RequestStep], cost: float, requests: int, drafts: int) -> None:
+        """Take what a decode step gave and took.
+
+        Args:
+            parts: What our requests did in it.
+            cost: Its time, in baseline steps.
+            requests: All requests in it.
+            drafts: Drafts that they verified.
+        """
+
+
+@dataclass(slots=True)
+class _Account:
+    """One request's."""
+
+    rate: Rate
+    lost: float = 0.0  # baseline steps that drafts have cost beyond the tokens they gave
+    tokens: int = 0  # that it was given in decode steps: baseline steps it would have taken
+
+
+class OwnAccounts:
+    """Each request pays at its own rate, and drafts only what it could bear to lose.
+
+    Args:
+        memory: Steps over which a rate is averaged.
+        most_lost: Part of its time that drafts may cost a request.
+    """
+
+    def __init__(self, memory: float, most_lost: float, all_requests: Rate) -> None:
+        """Begin without requests; `all_requests` is what new ones begin with."""
+        self._memory, self._most_lost = memory, most_lost
+        self._keep = 1.0 - 1.0 / memory
+        self._all = all_requests
+        self._accounts: dict[str, _Account] = {}
+
+    def begin(self, request_id: str) -> None:
+        """A request begins; it is expected to get tokens at the rate of all."""
+        self._accounts[request_id] = _Account(Rate(self._all.value * self._memory, self._memory))
+
+    def end(self, request_id: str) -> None:
+        """A request ended."""
+        self._accounts.pop(request_id, None)
+
+    def lost(self, request_id: str) -> float:
+        """Return the baseline steps that drafts have cost a request beyond what they gave."""
+        return self._accounts[request_id].lost
+
+    def rates(self, request_ids: Sequence[str]) -> Array:
+        """Return the rate of each request."""
+        return np.array([[self._accounts[name].rate.value] for name in request_ids])
+
+    def limits(
+        self, request_ids: Sequence[str], lengths: Sequence[int], requests: int, costs: Array
+    ) -> Sequence[int]:
+        """Return how long drafts may be that requests could bear to lose.
+
+        Each as if it were alone in drafting: then its draft costs it most.
+        """
+        by_draft = costs[: max(lengths) + 1].tolist()
+        limits = []
+        for name, length in zip(request_ids, lengths, strict=True):
+            account = self._accounts[name]
+            may = self._most_lost * max(SHORTEST, account.tokens) - account.lost
+            bearable = 1.0 + may / requests
+            k = length
+            while k and by_draft[k] > bearable:
+                k -= 1
+            limits.append(k)
+        return limits
+
+    def charge(self, parts: Sequence[RequestStep], cost: float, requests: int, drafts: int) -> None:
+        """Charge each request its share of what drafts cost."""
+        for part in parts:
+            account = self._accounts[part.request_id]
+            account.rate.add(part.emitted, cost, self._keep)
+            account.tokens += part.emitted
+            if part.drafted:
+                share = cost_share(cost, 1.0, requests, part.drafted, drafts)
+                account.lost += share - part.emitted
+            elif not drafts:
+                account.lost += cost - 1.0  # what the drafter's passes took
+            self._all.add(part.emitted, cost, DECAY_ALL)
+
+
+class SharedAccount:
+    """All requests pay at the batch's rate; single ones have no limit.
+
+    Args:
+        memory: Steps over which the rate is averaged.
+    """
+
+    def __init__(self, memory: float, all_requests: Rate) -> None:
+        """Begin with a guess; `all_requests` is what new requests begin with."""
+        self._rate = Rate(FIRST_RATE * memory, memory)
+        self._keep = 1.0 - 1.0 / memory
+        self._all = all_requests
+
+    def rates(self, request_ids: Sequence[str]) -> Array:
+        """Return the batch's rate for each request."""
+        return np.full((len(request_ids), 1), self._rate.value)
+
+    def limits(
+        self, _ids: Sequence[str], lengths: Sequence[int], _requests: int, _costs: Array
+    ) -> Sequence[int]:
+        """Return the lengths as they are."""
+        return lengths
+
+    def charge(
+        self, parts: Sequence[RequestStep], cost: float, _requests: int, _drafts: int
+    ) -> None:
+        """Take the step into the batch's rate."""
+        mine, emitted = len(parts), sum([part.emitted for part in parts])
+        self._rate.add(emitted / mine, cost, self._keep)
+        self._all.add(emitted, mine * cost, DECAY_ALL**mine)
