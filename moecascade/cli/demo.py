@@ -128,7 +128,7 @@ def demo(
     if plot:
         kept.append(out / "demo.png")
         (panels,) = speedups.by_workload(singles).values()
-        figure = charts.speedups(panels, narrow=False)
+        figure = charts.speedups(panels, narrow=False, each=True)
         caption = f"{_caption(found)}; dots: single prompts"
         charts.save(figure, kept[1], _title(about["name"]), caption)
     screen.print("Kept: " + ", ".join(str(path) for path in kept), soft_wrap=True)

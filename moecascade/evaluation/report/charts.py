@@ -74,8 +74,8 @@ class Chart:
 
 
 INTERVALS = (
-    "Points: all prompts together; lines: 95% intervals, bootstrap over prompts; dots: single "
-    "prompts. Left of 1 a user waits longer than without speculation."
+    "Points: all prompts together; lines: 95% intervals, bootstrap over prompts. Left of 1 a user "
+    "waits longer than without speculation."
 )
 
 
@@ -189,8 +189,8 @@ def _new(narrow: bool, height: float, rows: int = 1, columns: int = 1) -> tuple[
     return figure, np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
 
 
-def speedups(panels: Mapping[str, Sequence[Cell]], narrow: bool) -> Figure:
-    """Speed-up of each policy: points with intervals, single pairs below, in titled panels."""
+def speedups(panels: Mapping[str, Sequence[Cell]], narrow: bool, each: bool = False) -> Figure:
+    """Speed-up of each policy: points with intervals, in titled panels; `each`: and every pair."""
     found = {
         title: {c.policy: c.speedup for c in cells if c.policy != BASELINE and c.speedup}
         for title, cells in panels.items()
@@ -200,14 +200,15 @@ def speedups(panels: Mapping[str, Sequence[Cell]], narrow: bool) -> Figure:
     rows = -(-len(found) // columns)
     figure, axes = _new(narrow, max(1.2, 0.7 + 0.24 * len(policies)), rows, columns)
     shown = [of for panel in found.values() for of in panel.values()]
-    low = min([0.95, *(of.low or of.value for of in shown)])
-    high = max([1.05, *(of.high or of.value for of in shown)])
+    pairs = [ratio for of in shown for ratio in of.each] if each else []
+    low = min([0.95, *(of.low or of.value for of in shown), *pairs])
+    high = max([1.05, *(of.high or of.value for of in shown), *pairs])
     for i, (ax, (title, panel)) in enumerate(zip(axes, found.items(), strict=False)):
         ax.axvline(1, color=INK, linewidth=1)
         for policy, of in panel.items():
             y, colour = policies.index(policy), colour_of(policy)
-            within = [ratio for ratio in of.each if low <= ratio <= high]
-            ax.plot(within, [y + 0.28] * len(within), ".", color=colour, ms=3, alpha=0.35, mew=0)
+            if each:
+                ax.plot(of.each, [y + 0.3] * of.pairs, ".", color=colour, ms=5, alpha=0.5, mew=0)
             if of.low is not None and of.high is not None:
                 ax.plot([of.low, of.high], [y, y], color=colour, linewidth=2)
             ax.plot(of.value, y, "o", color=colour, markersize=5)

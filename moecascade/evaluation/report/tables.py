@@ -38,7 +38,7 @@ class Entry:
 
     Attributes:
         text: The number, "" for none.
-        interval: "low - high", "" for none.
+        interval: "low - high", or with a "to" where numbers have signs or words; "" for none.
         verdict: "faster" or "slower", "" where it cannot be told.
         best: Whether it is beyond doubt the best of its column.
     """
@@ -106,7 +106,9 @@ def entry(found: Speedup | None, write: Write = factor, best: bool = False) -> E
 
 
 def _interval(low: float | None, high: float | None, write: Write) -> str:
-    return "" if low is None or high is None else f"{write(low)} - {write(high)}"
+    if low is None or high is None:
+        return ""
+    return f"{write(low)} {'-' if write is factor else 'to'} {write(high)}"
 
 
 def _number(value: float | None, form: str, times: float = 1) -> Entry:
@@ -130,17 +132,17 @@ def first(numbers: Iterable[Number]) -> Table:
 
 
 def tables(analysis: Analysis, flags: str = "") -> list[Table]:
-    """Return every policy on every workload, condition by condition, before them all together.
+    """Return every policy on every workload by condition; before them all of these together.
 
     Args:
         analysis: The numbers.
         flags: What the servers ran with where settings of policies were varied.
     """
     made = []
-    conditions = by_workload(analysis.main.cells)
-    if len(conditions) > 1:
+    alone = {c: of for c, of in by_workload(analysis.main.cells).items() if c.concurrency == 1}
+    if len(alone) > 1:
         made.append(overview(analysis.main))
-    made += [_speedups(condition.title, across) for condition, across in conditions.items()]
+    made += [_speedups(condition.title, across) for condition, across in alone.items()]
     note = f"Servers ran with {flags}" if flags else ""
     for condition, across in by_workload(analysis.varied.cells).items():
         made.append(_speedups(f"Other settings: {condition.title}", across, note=note))
@@ -148,8 +150,8 @@ def tables(analysis: Analysis, flags: str = "") -> list[Table]:
 
 
 def overview(speedups: Speedups) -> Table:
-    """Return all tasks together, conditions across."""
-    across = {condition.head: cells for condition, cells in totals(speedups.cells).items()}
+    """Return all tasks together, one request at a time, conditions across."""
+    across = {c.head: of for c, of in totals(speedups.cells).items() if c.concurrency == 1}
     return _speedups("All tasks together", across, spread=False)
 
 
@@ -182,22 +184,16 @@ def _speedups(
 
 
 def crowds(analysis: Analysis) -> Table | None:
-    """Return all tasks together by requests in flight, of policies that ran at every number."""
+    """Return all tasks together by requests in flight, where several were."""
     across = totals(analysis.main.cells)
     crowded = {(c.model, c.temperature) for c in across if c.concurrency > 1}
     across = {c: cells for c, cells in across.items() if (c.model, c.temperature) in crowded}
-    ran = [{cell.policy for cell in cells} for cells in across.values()]
-    if len(ran) < 2:
-        return None
-    everywhere = set.intersection(*ran)
-    several = len(crowded) > 1
     shown = {
-        c.head if several else f"{c.concurrency} at once": [
-            cell for cell in cells if cell.policy in everywhere
-        ]
+        c.head if len(crowded) > 1 else f"{c.concurrency} at once": cells
         for c, cells in across.items()
     }
-    return _speedups("Several requests at once, all tasks together", shown, spread=False)
+    title = "Several requests at once, all tasks together"
+    return _speedups(title, shown, spread=False) if shown else None
 
 
 def compared(speedups: Speedups, title: str) -> Table | None:
@@ -206,7 +202,6 @@ def compared(speedups: Speedups, title: str) -> Table | None:
     if not found:
         return None
     columns = list(dict.fromkeys((c.policy, c.concurrency) for c in found))
-    crowded = any(n > 1 for _, n in columns)
     known: dict[tuple[str, str, int], Comparison] = {
         (c.over, c.policy, c.concurrency): c for c in found
     }
@@ -214,7 +209,7 @@ def compared(speedups: Speedups, title: str) -> Table | None:
     for over in dict.fromkeys(c.over for c in found):
         mine = [known.get((over, *column)) for column in columns]
         lines.append((Entry(over), *(entry(c.speedup if c else None, change) for c in mine)))
-    head = [f"{policy}, {n} at once" if crowded else policy for policy, n in columns]
+    head = [policy if n == 1 else f"{policy}, {n} at once" for policy, n in columns]
     return Table(title, ("faster than", *head), tuple(lines))
 
 
