@@ -214,10 +214,49 @@ def test_after_a_fault_new_requests_get_a_fresh_policy(faulty: type[Faulty]) -> 
     c, _ = controller("faulty")
     faulty.fail_in = "observe"
     c.add("old", RequestOptions())
+    retired = c._groups["faulty"].policy
     c.observe(step("old"))
     faulty.fail_in = ""
     c.add("new", RequestOptions())
+    assert c._groups["faulty"].policy is not retired
     assert ks(decide(c, ["old", "new"])) == {"old": 0, "new": 2}
+
+
+@pytest.mark.parametrize(
+    ("extra", "k", "task", "faults"),
+    [
+        (None, 3, "", []),
+        ({"cascade_policy": "static:5", "cascade_task": "code", "other": 1}, 5, "code", []),
+        ({"cascade_policy": "static:5", "cascade_max_k": 2}, 2, "", []),
+        ({"cascade_policy": "no-such", "cascade_max_k": 2}, 2, "", ["request options"]),
+        ({"cascade_policy": "off", "cascade_max_k": 99}, 0, "", ["request options"]),
+    ],
+)
+def test_a_request_gets_what_it_asks_for_and_of_bad_options_the_good_ones(
+    extra: dict[str, Any] | None, k: int, task: str, faults: list[str]
+) -> None:
+    c, reported = controller()
+    assert c.begin("r", extra) == task
+    assert ks(decide(c, ["r"])) == {"r": k}
+    assert reported == faults
+
+
+def test_where_requests_may_not_choose_only_their_task_counts() -> None:
+    options = ServerOptions(policy="static:3", request_options=False)
+    c = Controller(options, 8, lambda what, how: None)
+    asked = {"cascade_policy": "off", "cascade_max_k": 1, "cascade_task": "code"}
+    assert c.begin("r", asked) == "code"
+    assert ks(decide(c, ["r"])) == {"r": 3}
+
+
+def test_a_request_whose_policy_cannot_be_made_runs_under_the_server_s(
+    faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faulty, "__init__", lambda self, settings, max_k: 1 // 0)
+    c, faults = controller()
+    assert c.begin("r", {"cascade_policy": "faulty", "cascade_max_k": 2}) == ""
+    assert faults == ["policies"]
+    assert ks(decide(c, ["r"])) == {"r": 2}
 
 
 def test_unknown_requests_run_without_drafts() -> None:

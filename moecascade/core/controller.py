@@ -221,7 +221,6 @@ class Controller:
             # fresh object.
             for member in group.members:
                 self._group_of[member] = None
-            group.members.clear()
             self._groups.pop(group.spec, None)
             what = f"policy {group.spec!r}"
             self._on_fault(what, f"{fault!r}; its requests go on without drafts")
