@@ -679,8 +679,6 @@ class Life(RuleBasedStateMachine):
 
     @rule(request_id=REQUESTS, spec=st.sampled_from(SPECS), cap=st.integers(0, 9))
     def add(self, request_id: str, spec: str, cap: int) -> None:
-        if request_id in self.alive:
-            self.drop(request_id)
         self.controller.add(request_id, RequestOptions(spec, cap), [1, 2, 3])
         self.alive[request_id] = spec, min(cap, MAX_K)
 

@@ -98,12 +98,15 @@ class Controller:
     def add(self, request_id: str, asked: RequestOptions, prompt: Sequence[int] = ()) -> None:
         """A request begins under the policy that it asked for, or the server's.
 
+        One that had the same name before has ended.
+
         Raises:
             ConfigError: The request asks for a policy or K that does not exist, or for one more
                 policy than can be kept.
         """
         group = self._group(asked.policy or self._options.policy)
         cap = self._max_k if asked.max_k is None else min(asked.max_k, self._max_k)
+        self.drop(request_id)
         self._group_of[request_id] = group
         if cap < self._max_k:
             self._caps[request_id] = cap
