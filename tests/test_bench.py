@@ -414,6 +414,8 @@ def test_results_say_where_they_come_from():
     made = kept()
     assert made.schema == "moecascade.results/2"
     assert made.machine["cores"] >= 1
+    checkout = Path(__file__).resolve().parent.parent / ".git"
+    assert (made.code["commit"] is not None) == checkout.exists()
     assert {"python", "numpy"} <= set(made.versions)
     assert made.created.endswith("+00:00")
 

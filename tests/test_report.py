@@ -337,14 +337,14 @@ def test_every_chart_of_the_evaluation_is_there(rows: list[Row], other: list[Row
 def test_the_page_has_a_table_for_every_question(made: reporting.Report, page: Path) -> None:
     titles = [table.title for table in made.speedups]
     assert titles[0] == "All tasks together"
-    assert len(titles) == 1 + 4 + 2  # of all, of each condition, of the other settings
+    assert len(titles) == 1 + 4 + 1 + 2  # of all, each condition, crowds, the other settings
+    assert "Several requests at once, all tasks together" in titles
     assert titles[-2:] == [
         "Other settings: local, temperature 0",
         "Other settings: local, temperature 0.8",
     ]
     assert "--max-model-len 4096" in made.speedups[-1].note
     assert [table.title for table in made.others] == [
-        "Several requests at once, all tasks together",
         "Ours over the others",
         "Ours over other settings of them",
         "What cascade expects, and what comes",

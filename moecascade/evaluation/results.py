@@ -96,7 +96,7 @@ def code() -> dict[str, Any]:
         "commit": None,
         "modified": None,
     }
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         found["commit"] = _git(root, "rev-parse", "HEAD")
         status = _git(root, "status", "--porcelain", "--untracked-files=no")

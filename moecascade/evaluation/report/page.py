@@ -54,9 +54,8 @@ class Report:
 
     @property
     def others(self) -> list[Table]:
-        """Requests at once, ours over the others, what a policy foresees: what there is of them."""
+        """Ours over the others, and what a policy foresees: what there is of them."""
         found = (
-            tables.crowds(self.analysis),
             tables.compared(self.analysis.main, "Ours over the others"),
             tables.compared(self.analysis.varied, "Ours over other settings of them"),
             *(tables.foresight(*known) for known in self.analysis.diagnostics.calibration.items()),

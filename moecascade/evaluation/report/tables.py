@@ -128,7 +128,7 @@ def first(numbers: Iterable[Number]) -> Table:
         behind = number.behind if told else f"{number.behind}; within the noise"
         this = Entry(write(number.value), _interval(*ends, write))
         lines.append((Entry(number.what), this, Entry(behind), Entry(number.paper)))
-    return Table("In short", ("", "this run", "of", "the paper"), tuple(lines))
+    return Table("In short", ("", "this run", "of", "the paper"), tuple(lines), names=4)
 
 
 def tables(analysis: Analysis, flags: str = "") -> list[Table]:
@@ -143,6 +143,7 @@ def tables(analysis: Analysis, flags: str = "") -> list[Table]:
     if len(alone) > 1:
         made.append(overview(analysis.main))
     made += [_speedups(condition.title, across) for condition, across in alone.items()]
+    made += filter(None, [crowds(analysis)])
     note = f"Servers ran with {flags}" if flags else ""
     for condition, across in by_workload(analysis.varied.cells).items():
         made.append(_speedups(f"Other settings: {condition.title}", across, note=note))
