@@ -24,7 +24,7 @@ from moecascade.core.step import Proposal, RequestStep, Step
 from moecascade.serving.machine import caption, describe
 
 POLICIES = ("off", "static:3", "cascade", "marginal")
-BATCHES = (1, 8, 64, 256)
+BATCHES = (1, 8, 16, 64, 256)
 BLOCKS = 30
 MAX_K = 8
 PROMPT, OUTPUT = 400, 600  # tokens

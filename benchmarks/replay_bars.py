@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -25,12 +24,12 @@ from rich.table import Column, Table
 
 from moecascade import policies
 from moecascade.replay import player
-from moecascade.replay.player import MIXTRAL_LIKE, ORACLE, Conditions
+from moecascade.replay.player import MIXTRAL_LIKE, Oracle, ReplayConditions, ReplaySummary
 from moecascade.telemetry import traces
 from moecascade.telemetry.traces import Trace
 
 STATIC = tuple(f"static:{k}" for k in (1, 2, 3, 5, 8))
-ALL = (*STATIC, "cascade", "marginal", ORACLE)
+ALL = (*STATIC, "cascade", "marginal", Oracle.name)
 STEEPER = tuple(1 + 1.5 * (cost - 1) for cost in MIXTRAL_LIKE)
 TWICE = tuple(1 + 2 * (cost - 1) for cost in MIXTRAL_LIKE)
 DENSE = tuple(1 + 0.005 * k for k in range(len(MIXTRAL_LIKE)))
@@ -69,9 +68,9 @@ def read(paths: dict[str, list[Path]]) -> None:
     SETS.update({name: list(traces.read(files)) for name, files in paths.items() if files})
 
 
-def played(task: Task) -> tuple[Task, dict[str, Any]]:
+def played(task: Task) -> tuple[Task, ReplaySummary]:
     """Replay one task."""
-    conditions = Conditions(CURVES[task.curve], NOISE, task.seed)
+    conditions = ReplayConditions(CURVES[task.curve], NOISE, task.seed)
     return task, player.summarise(player.play(SETS[task.name], task.policy, conditions))
 
 
@@ -93,30 +92,32 @@ def changed(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], float]:
         rest = [garbled(trace, i) for i, trace in enumerate(rest)]
     costs = TWICE if what == "costs double" else MIXTRAL_LIKE
     served = policies.create("marginal", len(costs) - 1)
-    player.play(first, served, Conditions(MIXTRAL_LIKE, NOISE, seed))
-    after = Conditions(costs, NOISE, seed + 1)
+    player.play(first, served, ReplayConditions(MIXTRAL_LIKE, NOISE, seed))
+    after = ReplayConditions(costs, NOISE, seed + 1)
     speeds = [
-        player.summarise(player.play(rest, policy, after))["speedup"]
+        player.summarise(player.play(rest, policy, after)).speedup
         for policy in (served, "marginal")
     ]
-    return job, float(speeds[0]) / float(speeds[1])  # type: ignore[arg-type]
+    return job, speeds[0] / speeds[1]
 
 
 def bars(
-    found: dict[Task, dict[str, Any]], after: dict[tuple[str, str, int], float]
+    found: dict[Task, ReplaySummary], after: dict[tuple[str, str, int], float]
 ) -> Iterator[Bar]:
     """Yield the bars of the traces that there are."""
 
     def mean(name: str, curve: str, policy: str) -> float:
         return fmean(
-            row["speedup"]
+            row.speedup
             for task, row in found.items()
             if (task.name, task.curve, task.policy) == (name, curve, policy)
         )
 
     for name in dict.fromkeys(task.name for task in found):
         curve = "Mixtral-like"
-        cascade, marginal, oracle = (mean(name, curve, p) for p in ("cascade", "marginal", ORACLE))
+        cascade, marginal, oracle = (
+            mean(name, curve, p) for p in ("cascade", "marginal", Oracle.name)
+        )
         over, wanted = marginal / cascade, ADVANTAGE[name]
         yield Bar(
             "over cascade",
@@ -139,8 +140,8 @@ def bars(
                 for task, row in found.items()
                 if (task.name, task.curve, task.policy) == (name, curve, "marginal")
             ]
-            lowest = min(speed for row in mine for speed in row["by_task"].values())
-            worst = min(row["worst_request"] for row in mine)
+            lowest = min(speed for row in mine for speed in row.by_task.values())
+            worst = min(row.worst_request for row in mine)
             where = f"{name}, {curve}"
             yield Bar("lowest task", where, "0.995", f"{lowest:.3f}", lowest >= 0.995)
             yield Bar("worst long request", where, "0.95", f"{worst:.3f}", worst >= 0.95)
@@ -206,7 +207,7 @@ def main() -> None:
     sys.exit(0 if all(one.held for one in made) else 1)
 
 
-def speeds(name: str, found: dict[Task, dict[str, Any]]) -> Table:
+def speeds(name: str, found: dict[Task, ReplaySummary]) -> Table:
     """Return a table of speed-ups, in brackets the worst request of a hundred tokens or more."""
     curves = list(dict.fromkeys(task.curve for task in found if task.name == name))
     columns = [Column(head, overflow="fold") for head in ("policy", *curves)]
@@ -214,13 +215,13 @@ def speeds(name: str, found: dict[Task, dict[str, Any]]) -> Table:
     for policy in ALL:
         shown: list[str] = []
         for curve in curves:
-            rows: Sequence[dict[str, Any]] = [
+            rows: Sequence[ReplaySummary] = [
                 row
                 for task, row in found.items()
                 if (task.name, task.curve, task.policy) == (name, curve, policy)
             ]
-            worst = min((row["worst_request"] for row in rows), default=0.0)
-            shown.append(f"{fmean(r['speedup'] for r in rows):.2f} ({worst:.2f})" if rows else "")
+            worst = min((row.worst_request for row in rows), default=0.0)
+            shown.append(f"{fmean(r.speedup for r in rows):.2f} ({worst:.2f})" if rows else "")
         table.add_row(policy, *shown)
     return table
 

@@ -32,8 +32,9 @@ class Watched(Marginal):
         """Decide, and keep what led to it."""
         decisions = super().decide(proposals)
         for proposal, decision in zip(proposals, decisions, strict=True):
-            part = self.explain(proposal.request_id).parts
-            if len(part["survival"]) == self.max_k:
+            expected = self.explain(proposal.request_id)
+            part = expected.parts if expected is not None else {}
+            if len(part.get("survival", ())) == self.max_k:
                 seen.append((decision.k, part["lambda"], part["survival"], part["costs"]))
         return decisions
 
@@ -41,7 +42,7 @@ class Watched(Marginal):
 def main() -> None:
     """Replay, choose three decisions, draw them."""
     register(Watched)
-    conditions = player.Conditions(player.MIXTRAL_LIKE, noise=0.05)
+    conditions = player.ReplayConditions(player.MIXTRAL_LIKE, noise=0.05)
     player.play(list(traces.read(sys.argv[1:])), "watched", conditions)
     late = seen[len(seen) // 2 :]  # once it has learnt
     chosen = []
