@@ -22,6 +22,26 @@ def test_utility_is_the_speed_up() -> None:
     assert tally.utility == pytest.approx(tally.etr / tally.cost)
 
 
+def test_etr_is_tokens_a_step_and_cost_is_time_a_step_in_baselines() -> None:
+    tally = Tally()
+    tally.add(3, 1.5)
+    tally.add(1, 2.5)
+    assert (tally.etr, tally.cost, tally.utility) == (2.0, 2.0, 1.0)
+
+
+def test_without_drafts_a_request_costs_one_step_however_slow_the_step_was() -> None:
+    assert cost_share(5.0, 1.0, 3, 0, 4) == 1.0
+
+
+def test_a_request_is_charged_at_least_its_part_of_the_step() -> None:
+    # Half the baseline's time: 1 + 4 * (1 - 0.5) * -1 would be below zero.
+    assert cost_share(0.5, 1.0, 4, 2, 2) == 0.5 / 4
+    # Where the step was not quicker than the baseline the share is 1 / n, and never the larger.
+    assert cost_share(1.0, 1.0, 4, 2, 2) == 1.0
+    assert cost_share(0.75, 1.0, 4, 2, 2) == 0.75 / 4
+    assert cost_share(0.875, 1.0, 4, 2, 2) == 1 - 4 * 0.125
+
+
 def test_an_empty_window_is_no_speculation() -> None:
     assert (Tally().etr, Tally().cost, Tally().utility) == (1.0, 1.0, 1.0)
 
@@ -108,3 +128,64 @@ def test_baseline_is_read_between_near_batch_sizes_only() -> None:
     assert baseline.at(17) is None
     assert baseline.due(10)
     assert not baseline.due(5)
+
+
+def test_the_median_of_the_16_latest_samples_counts() -> None:
+    baseline = Baseline(steps=4, refresh=100)
+    for seconds in [9.0] * 8 + [1.0] * 8:
+        baseline.observe(1, seconds)
+    assert baseline.at(1) == 5.0  # half of the window each
+    baseline.observe(1, 1.0)  # the first 9 has left it
+    assert baseline.at(1) == 1.0
+
+
+def test_samples_taken_while_the_value_is_young_join_the_old_ones() -> None:
+    baseline = Baseline(steps=1, refresh=10)
+    baseline.observe(1, 1.0)
+    baseline.tick(1)
+    baseline.observe(1, 3.0)
+    assert baseline.at(1) == 2.0
+
+
+def test_an_old_value_is_renewed_from_new_samples_alone_even_if_drafts_come_between() -> None:
+    baseline = Baseline(steps=3, refresh=2)
+    for _ in range(3):
+        baseline.observe(1, 1.0)
+    for _ in range(2):
+        baseline.tick(1)
+    baseline.observe(1, 5.0)
+    baseline.tick(1)  # a step with drafts: the samples so far stay
+    baseline.observe(1, 6.0)
+    assert baseline.at(1) == 1.0
+    baseline.observe(1, 7.0)
+    assert baseline.at(1) == 6.0
+
+
+def test_a_renewed_value_is_young_and_can_be_renewed_again() -> None:
+    baseline = Baseline(steps=1, refresh=2)
+    for seconds in (1.0, 2.0, 4.0):
+        baseline.observe(1, seconds)
+        assert baseline.at(1) == seconds
+        assert not baseline.due(1)
+        baseline.tick(1)
+        assert not baseline.due(1)
+        baseline.tick(1)
+        assert baseline.due(1)
+
+
+def test_a_size_that_has_only_grown_older_is_read_between_its_neighbours() -> None:
+    baseline = Baseline(steps=1, refresh=100)
+    baseline.tick(5)  # seen with drafts, never without
+    for n, seconds in ((4, 1.0), (6, 3.0)):
+        baseline.observe(n, seconds)
+    assert baseline.at(5) == 2.0
+    assert not baseline.due(5)
+
+
+def test_between_sizes_the_baseline_is_a_straight_line_to_half_as_much_again() -> None:
+    baseline = Baseline(steps=1, refresh=100)
+    baseline.observe(10, 1.0)
+    baseline.observe(15, 2.0)
+    assert [baseline.at(n) for n in (11, 12, 14)] == pytest.approx([1.2, 1.4, 1.8])
+    baseline.observe(23, 9.0)  # beyond 15 times 1.5
+    assert baseline.at(20) is None
