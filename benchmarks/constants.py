@@ -68,6 +68,8 @@ def settings(only: list[str]) -> Iterator[Setting]:
                 value = default * factor
                 if name.startswith("DECAY"):  # what is forgotten is varied
                     value = 1.0 - (1.0 - default) * factor
+                if name == "LEAP":  # above 1, likewise
+                    value = 1.0 + (default - 1.0) * factor
                 if isinstance(default, int):
                     value = max(1, round(value))
                 bounded = any(part in name for part in RANGES)

@@ -118,7 +118,7 @@ def test_requests_of_other_policies_are_delayed_too(crowd: int) -> None:
     def costs(n: int, _most: int) -> Array:
         return np.array([(1.0 + 0.1 * (n + drafts)) / (1.0 + 0.1 * n) for drafts in range(9)])
 
-    policy._costs.costs = costs  # type: ignore[method-assign]
+    policy._costs.costs = costs  # type: ignore[assignment,method-assign]
     alone = decided(policy, {"r": 3})["r"]
     policy.observe(
         Step(None, True, tuple(RequestStep(name, 0, 1, [7]) for name in ["r", *"abcdefg"]))

@@ -6,8 +6,9 @@ class: the `Level` is the machine's present speed, which drifts within seconds a
 the `Shape` is how T grows with p, which changes slowly; `Passes` is what a model drafter adds to a
 step for each of its passes. `CostModel` puts them together, and policies read its `costs`.
 
-The constants were swept in replay (`benchmarks/constants.py`): "flat" names the range in which no
-speed-up changed by more than half a percent.
+The constants were swept in replay (`benchmarks/constants.py`): "flat" names the range in which the
+speed-up changed by less than half a percent: 40 recorded answers, most of a Mixtral 8x7B,
+one request at a time.
 """
 
 from __future__ import annotations
@@ -22,21 +23,26 @@ Array = NDArray[np.float64]
 Number = TypeVar("Number", float, Array)
 
 # The shape
-EXPERT_SHARE = 0.45  # part of a one-token step that grows with the experts read
-GROWTH = 0.02  # of the prior for each factor e of positions: what grows beside the experts
+EXPERT_SHARE = 0.45  # part of a one-token step that grows with the experts read; flat 0.11 to 0.9
+GROWTH = 0.02  # of the prior for each factor e of positions: what grows beside the experts; flat
+# from 0.005 to 0.08
 EXACT = 32  # positions up to which each number has a bucket; beyond, a 16th of an octave has
-NEARNESS = 0.12  # octaves within which measurements speak for each other
-MEMORY = 30.0  # steps in a bucket after which a measurement has faded
-BELIEF = 1.0  # measurements that the prior weighs as much as
-SETTLED = 50  # steps after which the curve is drawn anew only in every
-REDRAWN_EVERY = 8  # steps: drawing takes as long as all else
+NEARNESS = 0.12  # octaves within which measurements speak for each other; flat from 0.03 to 0.48
+MEMORY = 30.0  # steps in a bucket after which a measurement has faded; flat from 7.5 to 120
+BELIEF = 1.0  # measurements that the prior weighs as much as; flat from 0.25 to 4
+SETTLED = 50  # steps after which the curve is drawn anew only in every (flat from 12 to 200)
+REDRAWN_EVERY = 8  # steps: drawing takes as long as all else; flat from 2 to 32
 
 # The level
-FIRST = 10  # steps that only teach the shape
-TRACKING = 0.2  # part of a step's surprise, in logarithms, that is taken for the level's
-LEAP = 1.5  # most by which one step can be thought to be off, as a factor
-OUTLIER = 3.0  # a step this many times longer than expected is a pause, not a cost
-PAUSES = 3  # in a row; after them the machine has become slower
+FIRST = 10  # steps that only teach the shape; flat from 2 to 40
+TRACKING = 0.2  # part of a step's surprise, in logarithms, that is taken for the level's; flat from
+# 0.05 to 0.8
+LEAP = 1.5  # most by which one step can be thought to be off, as a factor; flat from 1.5 to 6
+OUTLIER = (
+    3.0  # a step this many times longer than expected is a pause, not a cost; flat from 1.5 to
+)
+# 12 where there are no pauses, as in replay
+PAUSES = 3  # in a row; after them the machine has become slower (not seen in replay)
 
 # A drafter's passes
 FIRST_PASS = 0.1  # a pass before any was seen, in units of the prior, in which T(1) is 1
@@ -141,7 +147,7 @@ class Shape:
 
     def _reach(self, most: int) -> None:
         """Let the curve reach `most` positions."""
-        self._positions = np.arange(1.0, most + 1.0)
+        self._positions: Array = np.arange(1.0, most + 1.0, dtype=np.float64)
         self._points = np.array([middle(b) for b in range(1, bucket(most) + 2)])
         self._priors, self._prior_points = self._prior(self._positions), self._prior(self._points)
         self._kernel = self._drawn = None

@@ -16,10 +16,12 @@ from moecascade.core.cost import Array
 from moecascade.core.step import RequestStep
 from moecascade.core.utility import cost_share
 
-SHORTEST = 100.0  # baseline steps of which a short request may lose its part
+SHORTEST = 100.0  # baseline steps of which a short request may lose its part: the speed-up is flat
+# from 25 to 400, the worst answer falls from 0.98 to 0.955 from 200 on
 FIRST_RATE = 1.2  # tokens per baseline step before anything is known
 FIRST_TIME = 50.0  # baseline steps that this guess weighs as much as, in the rate of all requests
-DECAY_ALL = 0.999  # of the rate of all requests, from one of their steps to the next
+DECAY_ALL = 0.999  # of the rate of all requests, from one step of one of them to the next; flat
+# from 0.996 to 0.99975
 
 
 @dataclass(slots=True)
@@ -38,6 +40,12 @@ class Rate:
         """Add a step; of what was before a part `keep` counts on."""
         self.tokens = keep * self.tokens + tokens
         self.time = keep * self.time + time
+
+    @classmethod
+    def first(cls, time: float | None = None) -> Rate:
+        """Return the guess before anything is known; it weighs as much as `time` baseline steps."""
+        time = FIRST_TIME if time is None else time
+        return cls(FIRST_RATE * time, time)
 
     @property
     def value(self) -> float:
@@ -156,7 +164,7 @@ class SharedAccount:
 
     def __init__(self, memory: float, all_requests: Rate) -> None:
         """Begin with a guess; `all_requests` is what new requests begin with."""
-        self._rate = Rate(FIRST_RATE * memory, memory)
+        self._rate = Rate.first(memory)
         self._keep = 1.0 - 1.0 / memory
         self._all = all_requests
 

@@ -11,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-PLACES = 8  # latest earlier places of the text's last two tokens that are looked at
+PLACES = (
+    8  # latest earlier places of the text's last two tokens that are looked at; flat from 2 to 32
+)
 LONGEST_MATCH = 32  # tokens of a match that are told apart
 NEWEST = 16_384  # tokens of a prompt that are kept, the latest ones: memory is bounded
 

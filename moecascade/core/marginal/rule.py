@@ -34,14 +34,7 @@ import numpy as np
 
 from moecascade.core.cost import Array, CostModel
 from moecascade.core.marginal.acceptance import TextJudge
-from moecascade.core.marginal.accounts import (
-    FIRST_RATE,
-    FIRST_TIME,
-    Accounts,
-    OwnAccounts,
-    Rate,
-    SharedAccount,
-)
+from moecascade.core.marginal.accounts import Accounts, OwnAccounts, Rate, SharedAccount
 from moecascade.core.marginal.allocation import allot
 from moecascade.core.marginal.draft_length import Drafting
 from moecascade.core.marginal.judge import LONGEST, Judge
@@ -137,7 +130,7 @@ class Marginal(Policy):
         self._width = width = min(max_k, LONGEST)
         self._requests: dict[str, _Request] = {}
         self._costs = CostModel(settings.experts, settings.top_k)
-        memory, every = settings.rate_memory, Rate(FIRST_RATE * FIRST_TIME, FIRST_TIME)
+        memory, every = settings.rate_memory, Rate.first()
         self._text, self._own = TextJudge(width), OwnAccounts(memory, settings.most_lost, every)
         self._recent = RecentJudge(width)
         self._small = _Mode(self._text, self._own, 1)
