@@ -39,7 +39,7 @@ SLOPE_EVIDENCE = 20.0  # squared errors that it begins with, so that its first s
 # flat from 5 to 80
 FIRST_ODDS = -0.6  # log-odds before anything is known: rather too low, a first draft is a risk;
 # flat from -2.4 to -0.15
-FIRST_HITS = 0.3  # share of hits of a request that has had no draft yet
+FIRST_HITS = 0.3  # share of hits of a request that has had no draft yet; flat from 0.08 to 0.6
 DECAY_HITS = 0.8  # of a request's share of hits, from one draft to the next; flat from 0.2 to 0.95
 NEXT_CHANCE = 0.8  # guess of a token's chance after right ones, beyond a draft's end
 NEXT_BELIEF = 5.0  # drafts that this guess weighs as much as
