@@ -40,17 +40,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "moecascade"
 
 # Which tests hold a module: the first prefix that fits, tests that are quickest to tell first.
-MARGINAL = ("test_marginal_rules", "test_marginal", "test_cost", "test_replay", "test_drafters")
-PEERS = ("test_peers_rules", "test_baselines")
+PROPERTIES = "test_policy_properties"
+MARGINAL = ("test_acceptance", "test_marginal_rules", "test_marginal", "test_drafters", PROPERTIES)
 TESTS: dict[str, tuple[str, ...]] = {
     "core/utility": ("test_utility", "test_cascade_rules", "test_cascade"),
     "core/baseline": ("test_utility", "test_cascade_rules", "test_cascade"),
-    "core/policies": ("test_cascade_rules", "test_cascade", "test_controller"),
-    "core/peers": (*PEERS, "test_replay"),
-    "core/cost": ("test_cost", "test_marginal", "test_baselines", "test_replay"),
+    "core/policies": ("test_cascade_rules", "test_cascade", "test_controller", "test_spec"),
+    "core/peers": ("test_peers_rules", "test_baselines", PROPERTIES),
+    "core/cost": ("test_cost", "test_marginal", "test_baselines"),
     "core/marginal": MARGINAL,
-    "core/step": ("test_spec", "test_cascade", "test_baselines", "test_marginal", "test_replay"),
-    "core": ("test_spec", "test_controller", "test_baselines", "test_cascade", "test_http"),
+    "core/step": ("test_spec", "test_cascade_rules", "test_baselines", "test_acceptance"),
+    "core": ("test_spec", "test_controller", "test_baselines", "test_cascade_rules", "test_http"),
 }
 
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
@@ -264,6 +264,7 @@ def prepare(root: Path) -> None:
     os.chdir(root)
     sys.path.insert(0, str(root))
     import _pytest.assertion.rewrite  # noqa: F401 -- these imports are made once, before the forks
+    import anyio.pytest_plugin  # noqa: F401
     import hypothesis.strategies  # noqa: F401
     import numpy as np  # noqa: F401
     import rich.table  # noqa: F401

@@ -132,11 +132,19 @@ def test_baseline_is_read_between_near_batch_sizes_only() -> None:
 
 def test_the_median_of_the_16_latest_samples_counts() -> None:
     baseline = Baseline(steps=4, refresh=100)
-    for seconds in [9.0] * 8 + [1.0] * 8:
+    for seconds in [9.0] * 9 + [1.0] * 8:
         baseline.observe(1, seconds)
-    assert baseline.at(1) == 5.0  # half of the window each
-    baseline.observe(1, 1.0)  # the first 9 has left it
-    assert baseline.at(1) == 1.0
+    assert baseline.at(1) == 5.0  # of the 16 latest, half each
+
+
+def test_samples_of_a_first_value_must_be_no_older_than_a_value_may_be() -> None:
+    for ticks, value in ((1, 5.0), (2, None)):
+        baseline = Baseline(steps=2, refresh=2)
+        baseline.observe(1, 9.0)
+        for _ in range(ticks):
+            baseline.tick(1)
+        baseline.observe(1, 1.0)
+        assert baseline.at(1) == value
 
 
 def test_samples_taken_while_the_value_is_young_join_the_old_ones() -> None:
