@@ -22,6 +22,12 @@ test: setup  ## lint, types, tests
 mutation: setup  ## change the core in one place at a time: does a test notice? (ARGS="--sample 200" for some)
 	@$(BIN)/python scripts/mutation.py $(ARGS)
 
+test-fast: setup  ## the same without the tests that start vLLM
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not engine" $(ARGS)
+
 bench: setup  ## the whole evaluation, 90 minutes, and its report (QUICK=1: 10 minutes; AGAIN=1: a pass more; FRESH=1: anew)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/evaluation.sh $(if $(QUICK),quick,full)
 
