@@ -257,18 +257,12 @@ def start(mutant: Mutant | None, tests: Sequence[str], root: Path, seconds: int)
 
 
 def prepare(root: Path) -> None:
-    """Copy package and tests, and import what every run needs but the package itself."""
+    """Copy package and tests, and import what every run needs but these."""
     for folder in (PACKAGE, "tests"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", root)
     os.chdir(root)
     sys.path.insert(0, str(root))
-    import _pytest.assertion.rewrite  # noqa: F401 -- these imports are made once, before the forks
-    import anyio.pytest_plugin  # noqa: F401
-    import hypothesis.strategies  # noqa: F401
-    import numpy as np  # noqa: F401
-    import rich.table  # noqa: F401
-    import typer.main  # noqa: F401
     from hypothesis import Phase, settings
 
     phases = (Phase.explicit, Phase.generate)  # a failure need not be made small or explained
@@ -276,6 +270,11 @@ def prepare(root: Path) -> None:
         "mutation", deadline=None, derandomize=True, max_examples=50, phases=phases
     )
     os.environ["HYPOTHESIS_PROFILE"] = "mutation"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    importlib.import_module("tests.conftest")  # once, before the forks, for what it imports
+    for name in list(sys.modules):
+        if name.split(".")[0] in {PACKAGE, "tests"}:
+            del sys.modules[name]
 
 
 def clean_seconds(tests: Sequence[str], root: Path) -> float:
