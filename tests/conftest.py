@@ -38,6 +38,8 @@ MAX_K = 8
 MAX_LEN = 512
 KV_BLOCKS = 10  # of 128 tokens: room for eight requests that begin, not for eight of 130 tokens
 
+COLUMNS = 120  # of the terminal that commands print on
+
 NGRAM = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 
@@ -53,7 +55,7 @@ def cli(
     def call(*arguments: object) -> Answer:
         words = ["moecascade", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("COLUMNS", str(COLUMNS))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             app.run()

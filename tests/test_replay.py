@@ -12,8 +12,7 @@ import pytest
 
 from moecascade.core.step import RequestStep, Step
 from moecascade.errors import ConfigError
-from moecascade.replay import player
-from moecascade.replay.player import MIXTRAL_LIKE, Conditions, play, summarise
+from moecascade.replay.player import MIXTRAL_LIKE, ReplayConditions, play, summarise
 from moecascade.telemetry import traces
 from moecascade.telemetry.files import records
 from moecascade.telemetry.traces import Trace
@@ -41,13 +40,11 @@ def invents(seed: int = 0, length: int = 200) -> Trace:
 
 
 def speedup(spec: str, trace: list[Trace], costs: Sequence[float], **more: float) -> float:
-    found = summarise(play(trace, spec, Conditions(costs, **more)))["speedup"]  # type: ignore[arg-type]
-    assert isinstance(found, float)
-    return found
+    return summarise(play(trace, spec, ReplayConditions(costs, **more))).speedup  # type: ignore[arg-type]
 
 
 def test_without_drafts_a_token_takes_a_step() -> None:
-    (outcome,) = play([copies()], "off", Conditions(MIXTRAL_LIKE))
+    (outcome,) = play([copies()], "off", ReplayConditions(MIXTRAL_LIKE))
     assert (outcome.tokens, outcome.steps, outcome.time) == (199, 199, 199.0)
     assert outcome.speedup == 1.0
 
@@ -58,14 +55,14 @@ def test_right_drafts_emit_k_plus_1_tokens_at_their_cost() -> None:
 
 
 def test_nothing_is_drafted_beyond_what_the_answer_has_room_for() -> None:
-    (outcome,) = play([copies()], "static:8", Conditions(MIXTRAL_LIKE))
+    (outcome,) = play([copies()], "static:8", ReplayConditions(MIXTRAL_LIKE))
     # Every draft is right, so none was verified for nothing.
     assert outcome.drafted + outcome.steps == outcome.tokens
     assert outcome.tokens % 9  # the last draft had to be cut
 
 
 def test_wrong_drafts_cost_what_they_cost() -> None:
-    (outcome,) = play([invents()], "static:3", Conditions(MIXTRAL_LIKE))
+    (outcome,) = play([invents()], "static:3", ReplayConditions(MIXTRAL_LIKE))
     drafting = outcome.steps - outcome.off
     assert drafting > 50
     # The last draft is cut to two: the answer has room for no more.
@@ -78,7 +75,7 @@ def test_wrong_drafts_cost_what_they_cost() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_policy_emits_every_token(spec: str, batch: int) -> None:
     trace = [copies(1), invents(2), copies(3, 37), invents(4, 51)]
-    outcomes = play(trace, spec, Conditions(MIXTRAL_LIKE, noise=0.05, batch=batch))
+    outcomes = play(trace, spec, ReplayConditions(MIXTRAL_LIKE, noise=0.05, batch=batch))
     assert {o.trace.id: o.tokens for o in outcomes} == {t.id: len(t.output) - 1 for t in trace}
 
 
@@ -97,7 +94,7 @@ def test_the_same_seed_gives_the_same_result_and_another_gives_another() -> None
 
 
 def test_costs_beyond_the_curve_follow_the_expert_union() -> None:
-    conditions = Conditions(MIXTRAL_LIKE)
+    conditions = ReplayConditions(MIXTRAL_LIKE)
     costs = [conditions.cost(p) for p in range(1, 60)]
     assert costs[:9] == list(MIXTRAL_LIKE)
     assert all(a <= b for a, b in pairwise(costs))
@@ -107,9 +104,10 @@ def test_costs_beyond_the_curve_follow_the_expert_union() -> None:
 
 def test_marginal_uses_what_is_copied_and_leaves_what_is_not() -> None:
     trace = [t for i in range(6) for t in (copies(i), invents(i))]
-    outcomes = play(trace, "marginal", Conditions(MIXTRAL_LIKE, noise=0.05))
-    assert player._aggregate([o for o in outcomes if o.trace.task == "copy"]) > 2.5
-    assert player._aggregate([o for o in outcomes if o.trace.task == "invent"]) > 0.96
+    outcomes = play(trace, "marginal", ReplayConditions(MIXTRAL_LIKE, noise=0.05))
+    found = summarise(outcomes).by_task
+    assert found["copy"] > 2.5
+    assert found["invent"] > 0.96
 
 
 def test_marginal_with_free_drafts_is_as_good_as_the_longest_draft() -> None:
@@ -133,7 +131,7 @@ def test_marginal_with_free_drafts_is_as_good_as_the_longest_draft() -> None:
 )
 def test_bad_conditions_are_refused(change: dict[str, object], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        Conditions(**{"costs": FREE, **change})  # type: ignore[arg-type]
+        ReplayConditions(**{"costs": FREE, **change})  # type: ignore[arg-type]
     for word in words:
         assert word in str(error.value)
 
@@ -234,3 +232,25 @@ def test_what_was_said_is_kept_only_where_asked_for(tmp_path: Path) -> None:
     assert "[5" not in path.read_text()
     with pytest.raises(ConfigError, match="trace_tokens"):
         list(traces.read([path]))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_table_fits_and_cuts_no_name(
+    cli: Callable[..., Answer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    columns: int,
+) -> None:
+    specs = ["off", "static:1", "cascade[backoff=1]", "marginal[crowd=0]", "survival-budget"]
+    rows = [
+        Trace(f"{task}-{i}", task, t.prompt, t.output)
+        for task in ("code", "extraction", "math")
+        for i, t in enumerate([copies(1, 40), invents(2, 40)])
+    ]
+    monkeypatch.setattr("tests.conftest.COLUMNS", columns)
+    done = cli("replay", write(tmp_path / "t.jsonl", rows), "--policies", ",".join(specs))
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    for spec in specs:
+        assert [line for line in lines if line.strip().startswith(f"{spec} ")], spec
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout

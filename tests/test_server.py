@@ -360,5 +360,5 @@ def test_what_a_model_answers_can_be_recorded_and_replayed(tmp_path: Path, mark:
     assert all(1 < len(trace.output) <= 16 for trace in found)
     for row in map(json.loads, out.read_text().splitlines()):
         assert sum(step["emitted"] for step in row["steps"]) == len(row["output_token_ids"])
-    outcomes = player.play(found, "marginal", player.Conditions([1.0] * 9))
+    outcomes = player.play(found, "marginal", player.ReplayConditions([1.0] * 9))
     assert sum(outcome.tokens for outcome in outcomes) == sum(len(t.output) - 1 for t in found)

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moecascade.core import registry
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError
-from moecascade.replay import player as replaying
+from moecascade.replay.player import (
+    LONG,
+    MIXTRAL_LIKE,
+    Oracle,
+    ReplayConditions,
+    ReplaySummary,
+    play,
+    summarise,
+)
 from moecascade.telemetry import traces as recorded
+from moecascade.telemetry.traces import Trace
 
-COSTS = ",".join(f"{time:g}" for time in replaying.MIXTRAL_LIKE)
+COSTS = ",".join(f"{time:g}" for time in MIXTRAL_LIKE)
 NOTES = (
     "Speed-up over no speculation, time in baseline steps; worst and 5th percentile: of single "
-    f"requests of {replaying.LONG} tokens or more; K: drafts verified a step; off: steps without."
+    f"requests of {LONG} tokens or more; K: drafts verified a step; off: steps without."
 )
 
 
@@ -66,12 +79,12 @@ def replay(
     if not specs:
         raise ConfigError(f"--policies {policies!r}: name at least one")
     for spec in specs:
-        if spec != replaying.ORACLE:
-            registry.create(spec, max_k)
+        if spec != Oracle.name:
+            registry.settings_for(spec, max_k)
     costs = _curve(cost)
     if cost == COSTS:  # nobody chose it: a shorter draft needs less of it
         costs = costs[: max_k + 1]
-    conditions = replaying.Conditions(costs, noise, seed, max_k, ngram_min, ngram_max, batch=batch)
+    conditions = ReplayConditions(costs, noise, seed, max_k, ngram_min, ngram_max, batch=batch)
     requests = list(recorded.read(traces))
     if not any(len(trace.output) > 1 for trace in requests):
         raise ConfigError(
@@ -80,9 +93,12 @@ def replay(
     found = _play(requests, specs, conditions)
     if json:
         tokens = sum(len(trace.output) for trace in requests)
-        print(jsonlib.dumps({"requests": len(requests), "tokens": tokens, "policies": found}))
+        shown = {spec: asdict(summary) for spec, summary in found.items()}
+        print(jsonlib.dumps({"requests": len(requests), "tokens": tokens, "policies": shown}))
     else:
-        Console().print(_table(found, len(requests), batch))
+        at_once = f", {batch} at once" if batch > 1 else ""
+        console = Console()
+        console.print(_table(found, f"{len(requests)} requests{at_once}", console))
 
 
 def _curve(text: str) -> list[float]:
@@ -95,8 +111,8 @@ def _curve(text: str) -> list[float]:
 
 
 def _play(
-    requests: list[recorded.Trace], specs: list[str], conditions: replaying.Conditions
-) -> dict[str, dict[str, object]]:
+    requests: Sequence[Trace], specs: Sequence[str], conditions: ReplayConditions
+) -> dict[str, ReplaySummary]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     total = len(specs) * sum(len(trace.output) - 1 for trace in requests)
     found = {}
@@ -104,33 +120,49 @@ def _play(
         task = progress.add_task("", total=total)
         for spec in specs:
             progress.update(task, description=escape(spec))
-            outcomes = replaying.play(
+            outcomes = play(
                 requests, spec, conditions, tell=lambda tokens: progress.advance(task, tokens)
             )
-            found[spec] = replaying.summarise(outcomes)
+            found[spec] = summarise(outcomes)
     return found
 
 
-def _table(found: dict[str, dict[str, object]], requests: int, batch: int) -> Table:
-    at_once = f", {batch} at once" if batch > 1 else ""
-    table = Table(title=f"{requests} requests{at_once}", caption=NOTES, caption_justify="left")
-    table.add_column("policy")
-    tasks = next(iter(found.values()))["by_task"]
-    assert isinstance(tasks, dict)
-    for column in ("speed-up", *tasks, "worst", "p5", "ETR", "K", "off"):
-        table.add_column(column, justify="right")
-    for spec, row in found.items():
-        by_task = row["by_task"]
-        assert isinstance(by_task, dict)
-        values = [
-            row["speedup"],
-            *by_task.values(),
-            row["worst_request"],
-            row["p5_request"],
-            row["etr"],
-            row["mean_k"],
-        ]
-        table.add_row(
-            escape(spec), *(f"{value:.2f}" for value in values), f"{row['off_share']:.0%}"
-        )
+def _table(found: dict[str, ReplaySummary], title: str, console: Console) -> Table:
+    """Return the table with as many columns as fit; no name is ever cut."""
+    columns: dict[str, Callable[[ReplaySummary], str]] = {
+        "speed-up": lambda row: f"{row.speedup:.2f}",
+        "worst": lambda row: f"{row.worst_request:.2f}",
+        "K": lambda row: f"{row.mean_k:.2f}",
+        "off": lambda row: f"{row.off_share:.0%}",
+    }
+    columns |= {task: _of_task(task) for task in next(iter(found.values())).by_task}
+    columns |= {
+        "p5": lambda row: f"{row.p5_request:.2f}",
+        "ETR": lambda row: f"{row.etr:.2f}",
+    }
+    names = list(columns)
+    for shown in range(len(names), 0, -1):
+        missing = ", ".join(names[shown:])
+        more = f" Not shown for want of room: {missing}; --json has it." if missing else ""
+        table = Table(title=title, caption=NOTES + more, caption_justify="left", box=SIMPLE_HEAD)
+        table.add_column("policy", no_wrap=True)
+        for name in names[:shown]:
+            table.add_column(escape(name), justify="right", no_wrap=True)
+        for spec, row in found.items():
+            table.add_row(escape(spec), *(columns[name](row) for name in names[:shown]))
+        if _width(table) <= console.width:
+            break
     return table
+
+
+def _width(table: Table) -> int:
+    """Return the width that the table's cells want."""
+    wide = Console(width=10_000)
+    caption, table.caption = table.caption, None  # it wraps
+    wanted = Measurement.get(wide, wide.options, table).maximum
+    table.caption = caption
+    return wanted
+
+
+def _of_task(task: str) -> Callable[[ReplaySummary], str]:
+    return lambda row: f"{row.by_task[task]:.2f}"

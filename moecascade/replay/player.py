@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from moecascade.core.cost import expert_union
 from moecascade.core.policy import Policy
 from moecascade.core.registry import create
-from moecascade.core.step import Proposal, RequestStep, Step
+from moecascade.core.step import Decision, Proposal, RequestStep, Step, matching_prefix
 from moecascade.errors import ConfigError
 from moecascade.replay.ngram import NgramDrafter
 from moecascade.telemetry.traces import Trace
 
-ORACLE = "oracle"
 MIXTRAL_LIKE = (1.0, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8)
 """Step times over the baseline with 0 to 8 drafts, much as the paper measured for Mixtral."""
 BASE_SECONDS = 0.02  # what a baseline step takes; policies see seconds
@@ -32,8 +31,8 @@ LONG = 100  # tokens of a request whose own speed-up counts for the worst and th
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
-    """What is replayed under.
+class ReplayConditions:
+    """The engine that is simulated: what steps cost, what the drafter may do, how many requests.
 
     Attributes:
         costs: Step time over the baseline with 0, 1, ... drafts, for one request.
@@ -43,8 +42,8 @@ class Conditions:
         ngram_min: Least length of an n-gram match.
         ngram_max: Greatest length of an n-gram match.
         batch: Requests served at once.
-        experts: For costs beyond the curve: routed experts a layer, and
-        top_k: how many of them a token is routed to.
+        experts: Routed experts a layer, for costs beyond the curve.
+        top_k: Experts that a token is routed to, for costs beyond the curve.
     """
 
     costs: Sequence[float]
@@ -120,6 +119,15 @@ class Outcome:
         """Over no speculation."""
         return self.plain / self.time if self.time else 1.0
 
+    def add(self, drafted: int, emitted: int, time: float, plain: float) -> None:
+        """Count a step that took `time`; a step of the same batch without drafts takes `plain`."""
+        self.tokens += emitted
+        self.time += time
+        self.plain += emitted * plain
+        self.steps += 1
+        self.drafted += drafted
+        self.off += drafted == 0
+
 
 @dataclass(slots=True)
 class _Running:
@@ -128,24 +136,85 @@ class _Running:
     name: str
     drafter: NgramDrafter
     outcome: Outcome
-    at: int = 1  # tokens emitted; the first comes with the prompt
-    proposal: Sequence[int] = field(default_factory=list)
+    emitted: int = 1  # the first token comes with the prompt
 
-    def matching(self) -> int:
-        """Return how many tokens of the proposal are right."""
-        rest = self.outcome.trace.output[self.at : self.at + len(self.proposal)]
-        right = 0
-        for drafted, token in zip(self.proposal, rest, strict=False):
-            if drafted != token:
-                break
-            right += 1
-        return right
+    @property
+    def left(self) -> int:
+        """Tokens of the answer that are still to come."""
+        return len(self.outcome.trace.output) - self.emitted
+
+    def verify(self, draft: Sequence[int]) -> Sequence[int]:
+        """Emit the tokens of a step: the right ones of the draft, and the target's own."""
+        rest = self.outcome.trace.output[self.emitted : self.emitted + len(draft) + 1]
+        tokens = rest[: matching_prefix(draft, rest) + 1]
+        self.emitted += len(tokens)
+        return tokens
+
+
+class Oracle(Policy):
+    """The policy that knows the answers: the right tokens that pay best in this one step.
+
+    It looks no further than the step, so it bounds other policies in practice, not by proof.
+
+    Args:
+        traces: What is played. `play` names a request by its place in this list.
+        conditions: What steps cost.
+    """
+
+    name = "oracle"
+
+    def __init__(self, traces: Sequence[Trace], conditions: ReplayConditions) -> None:
+        super().__init__(conditions, conditions.max_k)
+        self._traces = traces
+        self._cost = conditions.cost
+        self._emitted: dict[str, int] = {}
+
+    def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:  # noqa: ARG002
+        """Follow a request from its first token on."""
+        self._emitted[request_id] = 0
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request."""
+        del self._emitted[request_id]
+
+    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
+        """Return the numbers of right tokens that make the tokens per time of this step highest."""
+        n = len(proposals)
+        right = [self._right(proposal) for proposal in proposals]
+        left = max(range(sum(right) + 1), key=lambda d: (n + d) / self._cost(n + d))
+        decisions = []
+        for proposal, most in zip(proposals, right, strict=True):
+            decisions.append(Decision(proposal.request_id, min(most, left), self.name))
+            left -= decisions[-1].k
+        return decisions
+
+    def observe(self, step: Step) -> None:
+        """Count what was emitted."""
+        for part in step.requests:
+            self._emitted[part.request_id] += part.emitted
+
+    def _right(self, proposal: Proposal) -> int:
+        at = self._emitted[proposal.request_id]
+        answer = self._traces[int(proposal.request_id)].output
+        return matching_prefix(proposal.tokens, answer[at : at + len(proposal.tokens)])
+
+
+def make(
+    spec: str,
+    traces: Sequence[Trace],
+    conditions: ReplayConditions,
+    options: Mapping[str, object] | None = None,
+) -> Policy:
+    """Return a new policy for `play`: what `create` takes, or ``oracle``."""
+    if spec == Oracle.name:
+        return Oracle(traces, conditions)
+    return create(spec, conditions.max_k, options)
 
 
 def play(
     traces: Sequence[Trace],
     policy: str | Policy,
-    conditions: Conditions,
+    conditions: ReplayConditions,
     options: Mapping[str, object] | None = None,
     tell: Callable[[int], None] = lambda _tokens: None,
 ) -> list[Outcome]:
@@ -153,9 +222,7 @@ def play(
 
     Args:
         traces: The requests.
-        policy: A policy's spec; or `ORACLE`, which knows how many draft tokens are right and uses
-            the number of them that makes the step's rate highest; or a policy that has served
-            others before.
+        policy: A policy, which may have served others before, or the spec of a new one (`make`).
         conditions: Costs, noise, drafter, batch.
         options: Settings of the policy that a spec names.
         tell: Told now and then how many tokens have been replayed since it was last told.
@@ -163,112 +230,95 @@ def play(
     Returns:
         What happened to each request, in the order in which they ended.
     """
+    if isinstance(policy, str):
+        policy = make(policy, traces, conditions, options)
     random = np.random.default_rng(conditions.seed)
-    queue = [traces[i] for i in random.permutation(len(traces)) if len(traces[i].output) > 1]
-    queue.reverse()
-    chooser: Policy | None = None
-    if not isinstance(policy, str):
-        chooser = policy
-    elif policy != ORACLE:
-        chooser = create(policy, conditions.max_k, options)
+    waiting = [int(i) for i in random.permutation(len(traces)) if len(traces[i].output) > 1]
+    waiting.reverse()
     running: list[_Running] = []
     done: list[Outcome] = []
-    while queue or running:
-        while queue and len(running) < conditions.batch:
-            running.append(_begin(queue.pop(), len(queue), chooser, conditions))
-        for r in running:
-            room = len(r.outcome.trace.output) - r.at
-            r.proposal = r.drafter.propose()[: room - 1]  # one comes anyway
-        ks = _oracle(running, conditions) if chooser is None else _ask(chooser, running)
-        _step(running, ks, chooser, conditions, float(np.exp(random.normal(0, conditions.noise))))
-        still = []
-        for r in running:
-            if r.at < len(r.outcome.trace.output):
-                still.append(r)
-                continue
-            if chooser is not None:
-                chooser.drop(r.name)
+    while waiting or running:
+        while waiting and len(running) < conditions.batch:
+            i = waiting.pop()
+            running.append(_begin(str(i), traces[i], policy, conditions))
+        noise = float(np.exp(random.normal(0, conditions.noise)))
+        _step(running, policy, conditions, noise)
+        ended = [r for r in running if r.left == 0]
+        running = [r for r in running if r.left]
+        for r in ended:
+            policy.drop(r.name)
             done.append(r.outcome)
             tell(r.outcome.tokens)
-        running = still
     return done
 
 
-def _begin(trace: Trace, name: int, policy: Policy | None, conditions: Conditions) -> _Running:
+def _begin(name: str, trace: Trace, policy: Policy, conditions: ReplayConditions) -> _Running:
+    """Start a request: its first token comes with the prompt, as in an engine with the prefill."""
     c = conditions
     drafter = NgramDrafter(trace.prompt, c.ngram_min, c.ngram_max, c.max_k)
     drafter.extend(trace.output[:1])
-    if policy is not None:
-        # The first token comes with the prompt, as in an engine it does with its last chunk.
-        policy.add(str(name), c.max_k, trace.prompt)
-        part = RequestStep(str(name), 0, 1, trace.output[:1])
-        policy.observe(Step(None, False, (part,)))
-    return _Running(str(name), drafter, Outcome(trace))
-
-
-def _ask(policy: Policy, running: Sequence[_Running]) -> list[int]:
-    decisions = policy.decide([Proposal(r.name, r.proposal) for r in running])
-    return [decision.k for decision in decisions]
-
-
-def _oracle(running: Sequence[_Running], conditions: Conditions) -> list[int]:
-    """Return the numbers of right tokens that make tokens per time of this step highest."""
-    n = len(running)
-    right = [r.matching() for r in running]
-    total = max(range(sum(right) + 1), key=lambda d: (n + d) / conditions.cost(n + d))
-    ks = [0] * n
-    for i, room in enumerate(right):
-        ks[i] = min(room, total)
-        total -= ks[i]
-    return ks
+    policy.add(name, c.max_k, trace.prompt)
+    policy.observe(Step(None, False, (RequestStep(name, 0, 1, trace.output[:1]),)))
+    return _Running(name, drafter, Outcome(trace))
 
 
 def _step(
-    running: Sequence[_Running],
-    ks: Sequence[int],
-    policy: Policy | None,
-    conditions: Conditions,
-    noise: float,
+    running: Sequence[_Running], policy: Policy, conditions: ReplayConditions, noise: float
 ) -> None:
-    """Verify, emit, count, and show the policy."""
+    """Draft, decide, verify, emit, count, and show the policy what came of it."""
     n = len(running)
-    drafts = [min(k, len(r.proposal)) for r, k in zip(running, ks, strict=True)]
-    time = conditions.cost(n + sum(drafts)) * noise
+    proposals = [Proposal(r.name, r.drafter.propose()[: r.left - 1]) for r in running]
+    decisions = policy.decide(proposals)
+    drafts = [p.tokens[: d.k] for p, d in zip(proposals, decisions, strict=True)]
+    time = conditions.cost(n + sum(map(len, drafts))) * noise
     parts = []
-    gained = 0
-    for r, drafted in zip(running, drafts, strict=True):
-        output = r.outcome.trace.output
-        tokens = output[r.at : r.at + min(drafted, r.matching()) + 1]
-        r.at += len(tokens)
+    for r, draft in zip(running, drafts, strict=True):
+        tokens = r.verify(draft)
         r.drafter.extend(tokens)
-        gained += len(tokens)
-        r.outcome.tokens += len(tokens)
-        r.outcome.time += time
-        r.outcome.plain += len(tokens) * conditions.cost(n)
-        r.outcome.steps += 1
-        r.outcome.drafted += drafted
-        r.outcome.off += drafted == 0
-        parts.append(RequestStep(r.name, drafted, len(tokens), tokens))
-    if policy is not None:
-        policy.observe(Step(time * BASE_SECONDS, True, tuple(parts)))
+        r.outcome.add(len(draft), len(tokens), time, conditions.cost(n))
+        parts.append(RequestStep(r.name, len(draft), len(tokens), tokens))
+    policy.observe(Step(time * BASE_SECONDS, True, tuple(parts)))
 
 
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """Return the figures of one policy: see `moecascade replay --help`."""
+@dataclass(frozen=True, slots=True)
+class ReplaySummary:
+    """One policy's figures over all requests; times in baseline steps, speed-ups over none.
+
+    Attributes:
+        speedup: Of all requests together.
+        by_task: Of each task's requests together, tasks in alphabetical order.
+        worst_request: Lowest of a single request of `LONG` tokens or more, of any where none is.
+        p5_request: Fifth percentile of the same.
+        etr: Tokens a step.
+        mean_k: Draft tokens verified a step.
+        off_share: Share of steps without drafts, 0 to 1.
+    """
+
+    speedup: float
+    by_task: dict[str, float]
+    worst_request: float
+    p5_request: float
+    etr: float
+    mean_k: float
+    off_share: float
+
+
+def summarise(outcomes: Sequence[Outcome]) -> ReplaySummary:
+    """Return the figures of one policy."""
     long = [o.speedup for o in outcomes if len(o.trace.output) >= LONG]
     long = long or [o.speedup for o in outcomes]
     steps = sum(o.steps for o in outcomes)
     tasks = sorted({o.trace.task for o in outcomes})
-    return {
-        "speedup": _aggregate(outcomes),
-        "by_task": {t: _aggregate([o for o in outcomes if o.trace.task == t]) for t in tasks},
-        "worst_request": min(long),
-        "p5_request": float(np.percentile(long, 5)),
-        "etr": sum(o.tokens for o in outcomes) / steps,
-        "mean_k": sum(o.drafted for o in outcomes) / steps,
-        "off_share": sum(o.off for o in outcomes) / steps,
-    }
+    return ReplaySummary(
+        speedup=_speedup(outcomes),
+        by_task={t: _speedup([o for o in outcomes if o.trace.task == t]) for t in tasks},
+        worst_request=min(long),
+        p5_request=float(np.percentile(long, 5)),
+        etr=sum(o.tokens for o in outcomes) / steps,
+        mean_k=sum(o.drafted for o in outcomes) / steps,
+        off_share=sum(o.off for o in outcomes) / steps,
+    )
 
 
-def _aggregate(outcomes: Sequence[Outcome]) -> float:
+def _speedup(outcomes: Sequence[Outcome]) -> float:
     return sum(o.plain for o in outcomes) / sum(o.time for o in outcomes)
