@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -46,10 +47,11 @@ def make_folder(out: Path) -> None:
         ) from None
 
 
-@contextmanager
-def progress(screen: Console) -> Iterator[Progress]:
-    """Show progress bars with the time that is left."""
-    with Progress(
+REFRESHES = 2  # a second: drawing takes processor time from what is measured
+
+
+def _bars(screen: Console) -> Progress:
+    return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -57,8 +59,36 @@ def progress(screen: Console) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=screen,
-        refresh_per_second=2,  # drawing takes processor time from what is measured
-    ) as shown:
+        refresh_per_second=REFRESHES,
+    )
+
+
+@contextmanager
+def progress(screen: Console) -> Iterator[Progress]:
+    """Show progress bars with the time that is left."""
+    with _bars(screen) as shown:
+        yield shown
+
+
+@contextmanager
+def live(screen: Console, table: Callable[[], RenderableType]) -> Iterator[Progress]:
+    """Show progress bars below a table that fills in, while measuring.
+
+    Args:
+        screen: Where. Without a terminal only the bars' last state is printed.
+        table: Returns the table as it is now.
+    """
+    if not screen.is_terminal:
+        with progress(screen) as shown:
+            yield shown
+        return
+    shown = _bars(screen)
+    with Live(
+        get_renderable=lambda: Group(table(), shown),
+        console=screen,
+        refresh_per_second=REFRESHES,
+        transient=True,
+    ):
         yield shown
 
 
@@ -72,8 +102,20 @@ def serve_and_measure(
     flags: Sequence[str] = (),
     deadline: float | None = None,
     keep_text: bool = False,
+    heard: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Start the servers that a model needs, measure on them, and end them.
+
+    Args:
+        model: A local model, a folder, a name on the hub.
+        plan: What is sent.
+        journal: Where rows go.
+        out: Folder of the servers' logs.
+        shown: Where progress is shown.
+        flags: vLLM's, for all servers.
+        deadline: See `runner.measure`.
+        keep_text: Whether rows hold the answers.
+        heard: Called each time that answers have come.
 
     Returns:
         What the model and the servers were, for the results.
@@ -115,10 +157,10 @@ def serve_and_measure(
             log=step_log.Reader(log),
             deadline=deadline,
             keep_text=keep_text,
-            tell=_on(shown, bar, model, blocks, deadline),
+            tell=_on(shown, bar, model, blocks, deadline, heard),
         )
         shown.update(bar, description=f"{model}: stopping the server")
-    shown.update(bar, description=f"{model}: done")
+    shown.update(bar, description=f"{model}: done", completed=1.0)  # also where time ran out
     about = {"name": served.model, **runner.model_facts(folder), **_without(left_out, shown)}
     return about, [
         {"of": name, "command": list(one.command), "environment": dict(one.environment)}
@@ -136,6 +178,7 @@ def on_running(
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     tell = _on(shown, bar, model, blocks, deadline)
     left_out = runner.measure({BASELINE: url}, model, plan, journal, deadline=deadline, tell=tell)
+    shown.update(bar, description=f"{model}: done", completed=1.0)
     return {"name": model, **_without(left_out, shown)}, [{"of": BASELINE, "url": url}]
 
 
@@ -153,7 +196,12 @@ def _blocks(plan: Plan, model: str) -> int:
 
 
 def _on(
-    shown: Progress, bar: TaskID, model: str, blocks: int, deadline: float | None
+    shown: Progress,
+    bar: TaskID,
+    model: str,
+    blocks: int,
+    deadline: float | None,
+    heard: Callable[[], None] = lambda: None,
 ) -> Callable[[str, int], None]:
     """Return what shows on a bar how far measuring is: of the blocks, or sooner of the time."""
     began = time.monotonic()
@@ -165,6 +213,7 @@ def _on(
         many = f"{sent}" if deadline is not None else f"{sent} of {blocks}"
         said = escape(f"{model}: {what[:36]:<36} {many}")
         shown.update(bar, description=said, completed=min(1.0, done))
+        heard()
 
     return tell
 

@@ -18,6 +18,7 @@ from moecascade.evaluation.report.speedups import (
     Cell,
     Comparison,
     Speedups,
+    Standing,
     by_workload,
     fastest,
     totals,
@@ -228,6 +229,21 @@ def foresight(policy: str, found: Sequence[Calibration]) -> Table:
     )
     head = ("drafts verified", "steps", "accepted, expected", "accepted", "step time, median error")
     return Table(f"What {policy} expects, and what comes", head, lines)
+
+
+def live(found: Sequence[Standing], title: str) -> Table:
+    """Return how policies stand while a run goes on, policies down and tasks across."""
+    across = tuple(found[0].by_task) if found else ()
+    lines = [
+        (
+            Entry(of.policy),
+            *(_number(of.by_task[task], "{:.2f}") for task in across),
+            _number(of.speedup, "{:.2f}"),
+            _number(of.tokens_per_second, "{:.1f}"),
+        )
+        for of in found
+    ]
+    return Table(title, ("policy", *across, "all tasks", "tok/s"), tuple(lines))
 
 
 def tasks(cells: Iterable[Cell], title: str, note: str = "") -> Table:
