@@ -70,7 +70,7 @@ LOSING = table(0.8, 0.7, 0.6)
         ([(3, 0.8), (2, 0.5)], 8, None),
         ([(3, 1.0), (2, 0.5)], 8, 4),
         # Fell on both sides, or fell after rising: the maximum has been passed.
-        ([(3, 1.5), (4, 1.2), (2, 1.1)], 8, None),
+        ([(3, 1.5), (4, 1.2), (2, 0.9)], 8, None),
         ([(3, 1.2), (4, 1.5), (5, 1.2)], 8, None),
         # Turned, and rises there: go on.
         ([(4, 1.2), (5, 1.0), (3, 1.4)], 8, 2),
@@ -86,6 +86,8 @@ def test_two_trials_closer_than_the_tolerance_end_the_test() -> None:
     assert next_trial([(3, 2.0), (4, 2.21)], 8, PAPER) == 5
     assert next_trial([(3, 2.0), (4, 1.81)], 8, PAPER) is None
     assert next_trial([(3, 2.0), (4, 1.79)], 8, PAPER) == 2
+    # Without tolerance a plateau is no rise.
+    assert next_trial([(3, 2.0), (4, 2.0)], 8, CascadeSettings(tolerance=0)) == 2
     # Closer than the tolerance, not as close: half of 2 is 1 exactly.
     assert next_trial([(3, 2.0), (4, 3.0)], 8, CascadeSettings(tolerance=0.5)) == 5
 
