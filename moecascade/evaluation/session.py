@@ -54,7 +54,7 @@ def _bars(screen: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -211,7 +211,7 @@ def _on(
     def tell(what: str, sent: int) -> None:
         done = max(sent / blocks, (time.monotonic() - began) / given)
         many = f"{sent}" if deadline is not None else f"{sent} of {blocks}"
-        said = escape(f"{model}: {what[:36]:<36} {many}")
+        said = escape(f"{model}: {what[:28]:<28} {many}")
         shown.update(bar, description=said, completed=min(1.0, done))
         heard()
 
