@@ -35,8 +35,7 @@ def wrote(tokens: Sequence[int]) -> list[RequestStep]:
 
 def asked(judge: TextJudge | RecentJudge, draft: Sequence[int]) -> list[float]:
     """Propose a draft of "r"; return its survival."""
-    survival: list[float] = judge.propose(["r"], [draft])[0].tolist()
-    return survival
+    return list(judge.propose(["r"], [draft])[0])
 
 
 @given(texts, st.integers(0, 80), st.integers(0, 3))
@@ -370,8 +369,7 @@ def lived(judge: RecentJudge, drafts: Sequence[Sequence[int]], name: str = "r") 
     for tokens in drafts:
         judge.propose([name], [[1, 2, 3, 4]])
         judge.learn([RequestStep(name, 0, len(tokens), tokens)])
-    survival: list[float] = judge.propose([name], [[1, 2, 3, 4]])[0].tolist()
-    return survival
+    return list(judge.propose([name], [[1, 2, 3, 4]])[0])
 
 
 def test_recent_drafts_tell_requests_apart() -> None:
@@ -413,7 +411,7 @@ def test_drafts_of_a_step_that_the_other_judge_decided_are_not_compared() -> Non
     judge.follow([RequestStep("r", 0, 1, [9])])
     for _ in range(8):
         judge.learn([RequestStep("r", 0, 1, [9])])
-    assert judge.propose(["r"], [[1]])[0].tolist() == before
+    assert list(judge.propose(["r"], [[1]])[0]) == before
     text = TextJudge(4)
     record = begun(text, [1, 2, 3])
     asked(text, [4])

@@ -93,7 +93,7 @@ def test_a_large_batch_is_allotted_as_the_plain_rule_says(
     lengths = [data.draw(st.integers(0, 4)) for _ in rows]
     n = len(rows) + others
     costs = np.array([1.0 + slope * d for d in range(49)])
-    ks = allot(np.array(rows), lengths, n, costs)
+    ks = allot(np.array(rows), [1.0] * len(rows), lengths, n, costs)
     slots = sorted((w for row, k in zip(rows, lengths, strict=True) for w in row[:k]), reverse=True)
     assert sum(ks) == admitted(slots, n, costs.tolist())
     assert all(0 <= k <= length for k, length in zip(ks, lengths, strict=True))
@@ -104,7 +104,7 @@ def test_a_large_batch_is_allotted_as_the_plain_rule_says(
 def test_a_draft_that_is_worth_just_what_it_costs_is_not_verified() -> None:
     assert admitted([0.5, 0.5], 1, [1.0, 1.5, 2.0]) == 0
     rows = np.array([[0.5], [0.5]])
-    assert allot(rows, [1, 1], 2, np.array([1.0, 1.25, 1.5])) == [0, 0]
+    assert allot(rows, [1.0, 1.0], [1, 1], 2, np.array([1.0, 1.25, 1.5])) == [0, 0]
 
 
 @pytest.mark.parametrize("crowd", [0, 8])

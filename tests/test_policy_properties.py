@@ -77,8 +77,10 @@ def test_dearer_steps_never_make_drafts_longer(
 ) -> None:
     lengths = [4] * len(rows)
     costs = 1.0 + np.concatenate([[0.0], np.cumsum(steps)])
-    cheap = allot(np.array(rows), lengths, len(rows), costs)
-    dear = allot(np.array(rows), lengths, len(rows), 1.0 + factor * (costs - 1.0))
+    cheap = allot(np.array(rows), [1.0] * len(rows), lengths, len(rows), costs)
+    dear = allot(
+        np.array(rows), [1.0] * len(rows), lengths, len(rows), 1.0 + factor * (costs - 1.0)
+    )
     assert all(a >= b for a, b in zip(cheap, dear, strict=True))
 
 
@@ -91,8 +93,8 @@ def test_better_chances_never_make_a_draft_shorter(
     row: list[float], steps: list[float], factor: float
 ) -> None:
     costs = 1.0 + np.concatenate([[0.0], np.cumsum(steps)])
-    (before,) = allot(np.array([row]), [4], 1, costs)
-    (after,) = allot(np.array([row]) * factor, [4], 1, costs)
+    (before,) = allot(np.array([row]), [1.0], [4], 1, costs)
+    (after,) = allot(np.array([row]) * factor, [1.0], [4], 1, costs)
     assert after >= before
 
 

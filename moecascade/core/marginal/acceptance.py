@@ -29,7 +29,7 @@ import numpy as np
 from moecascade.core.cost import Array
 from moecascade.core.marginal.context import LONGEST_MATCH, Context, Text
 from moecascade.core.marginal.continuations import BUCKETS, PHRASE_TOKENS, Phrases
-from moecascade.core.marginal.judge import LONGEST, outcome
+from moecascade.core.marginal.judge import LONGEST, Rows, outcome
 from moecascade.core.step import RequestStep
 
 # Swept by `benchmarks/constants.py`; flat: the speed-up changed by less than half a percent.
@@ -45,7 +45,7 @@ NEXT_CHANCE = 0.8  # guess of a token's chance after right ones, beyond a draft'
 NEXT_BELIEF = 5.0  # drafts that this guess weighs as much as
 DECAY_PLACES = 0.995  # of what is known of a place in drafts, from one draft to the next
 
-REMEMBERED = 3  # drafts of a request whose outcomes are a feature
+OUTCOMES: int = 3**3  # of a request's last three drafts together
 TOKENS = 1 << 17  # tokens that are told apart, and as many pairs of them: memory is bounded
 _MASK = TOKENS - 1
 _LENGTHS = 10  # buckets of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32
@@ -123,7 +123,7 @@ DRAFT_FEATURES: tuple[tuple[str, int, Callable[[Record, Context], int]], ...] = 
     ("agreed", _SHARES * _COUNTS, _agreed),
     ("against", 2 * _LENGTHS, _against),
     ("hits", _HITS, lambda record, _context: int(record.hits * (_HITS - 1))),
-    ("last", 3**REMEMBERED, lambda record, _context: record.last),
+    ("last", OUTCOMES, lambda record, _context: record.last),
 )
 # Features of one of its tokens: name and buckets; `TextJudge.predict` says in which bucket it is,
 # in line, for that is most of the work.
@@ -171,20 +171,23 @@ class TextJudge:
         """Forget the text."""
         self._records.pop(request_id, None)
 
-    def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
+    def propose(
+        self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
         """Judge drafts in turn, each to be scored when its tokens come; see `Judge.propose`.
 
         A draft takes the place of the request's last one, which is learnt from first.
         """
-        survival = np.zeros((len(drafts), self._width))
-        for row, request_id, draft in zip(survival, request_ids, drafts, strict=True):
+        rows = []
+        for request_id, draft in zip(request_ids, drafts, strict=True):
+            row: list[float] = []
             if draft:
                 record = self._records[request_id]
                 self._close(record)
                 shadow = record.shadow = self.predict(record, draft)
-                chances = shadow.survival[: self._width]
-                row[: len(chances)] = chances
-        return survival
+                row = shadow.survival[: self._width]
+            rows.append(row + [0.0] * (self._width - len(row)))
+        return rows
 
     def predict(self, record: Record, draft: Sequence[int]) -> Shadow:
         """Return a draft's first `LONGEST` tokens judged. Changes nothing: asking is free."""
@@ -221,14 +224,14 @@ class TextJudge:
             before = here
         return Shadow(draft, common, own, odds, survival)
 
-    def prolonged(self, survival: Array, lengths: Sequence[int]) -> Array:
+    def prolonged(self, survival: Rows, lengths: Sequence[int]) -> Array:
         """Return survival prolonged: see `Judge.prolonged`.
 
         A token there has the chance that tokens in its place have had, given those before it.
         """
         right, tried = np.array(self._right), np.array(self._tried)
         chances = (right + NEXT_CHANCE * NEXT_BELIEF) / (tried + NEXT_BELIEF)
-        longer = survival.copy()
+        longer = np.array(survival)
         for row, length in zip(longer, lengths, strict=True):
             if 0 < length < self._width:
                 row[length:] = row[length - 1] * np.cumprod(chances[length : self._width])
@@ -289,7 +292,7 @@ class TextJudge:
         self._move(shadow.common, shadow.errors, shadow.squares)
         record.hits = DECAY_HITS * record.hits + (1.0 - DECAY_HITS) * (shadow.right > 0)
         if shadow.ended:
-            record.last = outcome(record.last, shadow.right, REMEMBERED)
+            record.last = outcome(record.last, shadow.right, OUTCOMES)
 
     def _move(self, keys: Iterable[int], error: float, square: float) -> None:
         """Move weights against an error, the less the more has been seen of each."""

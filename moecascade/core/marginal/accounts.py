@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from moecascade.core.cost import Array
 from moecascade.core.step import RequestStep
 from moecascade.core.utility import cost_share
@@ -57,8 +55,8 @@ class Rate:
 class Accounts(Protocol):
     """What requests pay, and what they can bear."""
 
-    def rates(self, request_ids: Sequence[str]) -> Array:
-        """Return the lambda of each request, shape (requests, 1)."""
+    def rates(self, request_ids: Sequence[str]) -> list[float]:
+        """Return the lambda of each request."""
 
     def limits(
         self, request_ids: Sequence[str], lengths: Sequence[int], requests: int, costs: Array
@@ -119,9 +117,9 @@ class OwnAccounts:
         """Return the baseline steps that drafts have cost a request beyond what they gave."""
         return self._accounts[request_id].lost
 
-    def rates(self, request_ids: Sequence[str]) -> Array:
+    def rates(self, request_ids: Sequence[str]) -> list[float]:
         """Return the rate of each request."""
-        return np.array([[self._accounts[name].rate.value] for name in request_ids])
+        return [self._accounts[name].rate.value for name in request_ids]
 
     def limits(
         self, request_ids: Sequence[str], lengths: Sequence[int], requests: int, costs: Array
@@ -130,14 +128,13 @@ class OwnAccounts:
 
         Each as if it were alone in drafting: then its draft costs it most.
         """
-        by_draft = costs[: max(lengths) + 1].tolist()
         limits = []
         for name, length in zip(request_ids, lengths, strict=True):
             account = self._accounts[name]
             may = self._most_lost * max(SHORTEST, account.tokens) - account.lost
             bearable = 1.0 + may / requests
             k = length
-            while k and by_draft[k] > bearable:
+            while k and costs[k] > bearable:
                 k -= 1
             limits.append(k)
         return limits
@@ -169,9 +166,9 @@ class SharedAccount:
         self._keep = 1.0 - 1.0 / memory
         self._all = all_requests
 
-    def rates(self, request_ids: Sequence[str]) -> Array:
+    def rates(self, request_ids: Sequence[str]) -> list[float]:
         """Return the batch's rate for each request."""
-        return np.full((len(request_ids), 1), self._rate.value)
+        return [self._rate.value] * len(request_ids)
 
     def limits(
         self, _ids: Sequence[str], lengths: Sequence[int], _requests: int, _costs: Array

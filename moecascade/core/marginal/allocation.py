@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moecascade.core.cost import Array
+from moecascade.core.marginal.judge import Rows
 
 
 def admitted(worths: Iterable[float], requests: int, costs: Sequence[float]) -> int:
@@ -32,21 +33,26 @@ def admitted(worths: Iterable[float], requests: int, costs: Sequence[float]) -> 
     return best
 
 
-def allot(worth: Array, lengths: Sequence[int], requests: int, costs: Array) -> list[int]:
+def allot(
+    survival: Rows, rates: Sequence[float], lengths: Sequence[int], requests: int, costs: Array
+) -> list[int]:
     """Return how many tokens of each draft are admitted.
 
     The same as `admitted` on all slots in order; of slots worth the same, those of earlier requests
     come first.
 
     Args:
-        worth: Of each slot, shape (drafts, width), falling along a draft.
+        survival: Chance of each slot, a row for each draft, all of one width, falling along it.
+        rates: Lambda of each draft's request.
         lengths: How many of each draft's tokens may be verified.
         requests: Requests in the batch; may be more than there are drafts here.
         costs: As for `admitted`.
     """
     if len(lengths) == 1:  # in order already
-        (length,) = lengths
-        return [admitted(worth[0, :length].tolist(), requests, costs[: length + 1].tolist())]
+        (row,), (rate,), (length,) = survival, rates, lengths
+        worths = [float(chance) / rate for chance in row[:length]]
+        return [admitted(worths, requests, costs[: length + 1].tolist())]
+    worth = np.asarray(survival) / np.array(rates)[:, None]
     there = np.arange(worth.shape[1]) < np.array(lengths)[:, None]
     slots, owners = worth[there], there.nonzero()[0]
     best_first = np.argsort(-slots, kind="stable")

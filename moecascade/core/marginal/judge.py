@@ -12,6 +12,7 @@ from typing import Protocol
 from moecascade.core.cost import Array
 from moecascade.core.step import RequestStep
 
+Rows = Sequence[Sequence[float]] | Array  # for few requests lists, for many an array: each quickest
 LONGEST = 64  # tokens of a draft that are judged
 
 
@@ -24,14 +25,14 @@ class Judge(Protocol):
     def end(self, request_id: str) -> None:
         """A request ended: forget it. What it taught remains."""
 
-    def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
+    def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Rows:
         """Take the drafts of a step, to be compared with what is written; return their survival.
 
-        That is the chance that at least 1, 2, ... of a draft's tokens are accepted, shape
-        (requests, width). Beyond a draft's end it means nothing.
+        That is the chance that at least 1, 2, ... of a draft's tokens are accepted, a row of the
+        judge's width for each. Beyond a draft's end it means nothing.
         """
 
-    def prolonged(self, survival: Array, lengths: Sequence[int]) -> Array:
+    def prolonged(self, survival: Rows, lengths: Sequence[int]) -> Array:
         """Return survival with a guess for tokens beyond drafts of such lengths."""
 
     def learn(self, parts: Sequence[RequestStep]) -> None:
@@ -41,14 +42,14 @@ class Judge(Protocol):
         """Take what requests wrote in a step that the other judge decided."""
 
 
-def outcome(last: int, right: int, drafts: int) -> int:
-    """Return how a request's last `drafts` drafts fared, a number below ``3**drafts``.
+def outcome(last: int, right: int, states: int) -> int:
+    """Return how a request's last drafts fared, as a number below `states`.
 
     Each is a digit to the base of 3: no token right, one or two, more. The latest is the last.
 
     Args:
         last: The number before this draft.
         right: Tokens of it that were right.
-        drafts: How many are remembered.
+        states: 3 to the power of the drafts that are remembered.
     """
-    return int((3 * last + (0 if right == 0 else 1 if right < 3 else 2)) % 3**drafts)
+    return (3 * last + (0 if right == 0 else 1 if right < 3 else 2)) % states

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.judge import outcome
+from moecascade.core.marginal.judge import Rows, outcome
 from moecascade.core.step import RequestStep
 
 REMEMBERED = 4  # drafts of a request that are its state
@@ -65,15 +65,17 @@ class RecentJudge:
 
     def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
         """Look up the requests' states; see `Judge.propose`."""
-        records = [self._records[request_id] for request_id in request_ids]
-        for record, draft in zip(records, drafts, strict=True):
+        states = []
+        for request_id, draft in zip(request_ids, drafts, strict=True):
+            record = self._records[request_id]
             record.draft = draft
-        survival: Array = self._survival[[record.state for record in records]]
+            states.append(record.state)
+        survival: Array = self._survival[states]
         return survival
 
-    def prolonged(self, survival: Array, _lengths: Sequence[int]) -> Array:
+    def prolonged(self, survival: Rows, _lengths: Sequence[int]) -> Array:
         """Return survival as it is: it does not depend on the draft."""
-        return survival
+        return np.asarray(survival)
 
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Count how the drafts fared; now and then let the table follow."""
@@ -96,12 +98,15 @@ class RecentJudge:
 
     def _count(self, state: int, draft: Sequence[int], tokens: Sequence[int]) -> int:
         """Count a draft by the tokens that were written; return the request's next state."""
-        right, compared = 0, min(len(draft), len(tokens), self._width)
+        if draft[0] != tokens[0]:  # most are, and time is short
+            self._ended[state * (self._width + 1)] += 1.0
+            return outcome(state, 0, STATES)
+        right, compared = 1, min(len(draft), len(tokens), self._width)
         while right < compared and draft[right] == tokens[right]:
             right += 1
         counts = self._ended if right < compared else self._cut
         counts[state * (self._width + 1) + right] += 1.0
-        return outcome(state, right, REMEMBERED)
+        return outcome(state, right, STATES)
 
     def _table(self) -> Array:
         """Return the chance that at least 1, 2, ... tokens are accepted, by state."""

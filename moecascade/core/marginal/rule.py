@@ -32,12 +32,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moecascade.core.cost import Array, CostModel
+from moecascade.core.cost import CostModel
 from moecascade.core.marginal.acceptance import TextJudge
 from moecascade.core.marginal.accounts import Accounts, OwnAccounts, Rate, SharedAccount
 from moecascade.core.marginal.allocation import allot
 from moecascade.core.marginal.draft_length import Drafting
-from moecascade.core.marginal.judge import LONGEST, Judge
+from moecascade.core.marginal.judge import LONGEST, Judge, Rows
 from moecascade.core.marginal.recent import RecentJudge
 from moecascade.core.policy import Policy
 from moecascade.core.step import Decision, Expectation, Proposal, Step
@@ -110,10 +110,10 @@ class _Batch:
     """The last decision."""
 
     requests: int = 1  # in the step, those of other policies too
-    places: dict[str, int] = field(default_factory=dict)  # of our requests
-    survival: Array = field(default_factory=lambda: np.zeros((0, 0)))  # by place
+    names: list[str] = field(default_factory=list)  # of ours; the rest is in their order
+    survival: Rows = ()
     lengths: list[int] = field(default_factory=list)  # tokens of the drafts that may be verified
-    rates: Array = field(default_factory=lambda: np.zeros((0, 1)))
+    rates: list[float] = field(default_factory=list)
     ks: list[int] = field(default_factory=list)
 
 
@@ -161,17 +161,16 @@ class Marginal(Policy):
         judge, accounts, _ = self._mode = (
             self._large if len(proposals) > self.settings.crowd else self._small
         )
-        places = {p.request_id: place for place, p in enumerate(proposals)}
-        names, n = list(places), len(proposals) + self._others
+        names, n = [p.request_id for p in proposals], len(proposals) + self._others
         requests = [self._requests[name] for name in names]
         drafts = [p.tokens if r.max_k else () for p, r in zip(proposals, requests, strict=True)]
         survival = judge.propose(names, drafts)
         lengths = [min(len(d), r.max_k) for d, r in zip(drafts, requests, strict=True)]
-        costs = self._costs.costs(n, survival.size)
+        costs = self._costs.costs(n, len(names) * self._width)
         rates = accounts.rates(names)
         limits = accounts.limits(names, lengths, n, costs)
-        ks = allot(survival / rates, limits, n, costs)
-        self._batch = _Batch(n, places, survival, lengths, rates, ks)
+        ks = allot(survival, rates, limits, n, costs)
+        self._batch = _Batch(n, names, survival, lengths, rates, ks)
         self._ahead_for -= 1
         return [r.decisions[k] for r, k in zip(requests, ks, strict=True)]
 
@@ -204,11 +203,11 @@ class Marginal(Policy):
         if drafted.any():
             survival = self._mode.judge.prolonged(at.survival, at.lengths)
             caps = np.array(
-                [self._requests[name].max_k if name in self._requests else 0 for name in at.places]
+                [self._requests[name].max_k if name in self._requests else 0 for name in at.names]
             )
-            worth = np.where(np.arange(self._width) < caps[:, None], survival / at.rates, 0.0)[
-                drafted
-            ]
+            worth = np.where(
+                np.arange(self._width) < caps[:, None], survival / np.array(at.rates)[:, None], 0.0
+            )[drafted]
             delay = at.requests * (self._costs.costs(at.requests, worth.size) - 1.0)
             self._drafting.consider(worth, delay)
         return self._drafting.length(at.requests * self._costs.pass_cost(at.requests))
@@ -219,15 +218,15 @@ class Marginal(Policy):
         None for a request that the last decision was not about.
         """
         at = self._batch
-        place = at.places.get(request_id)
-        if place is None:
+        if request_id not in at.names:
             return None
+        place = at.names.index(request_id)
         k, drafts, passes = at.ks[place], sum(at.ks), max(0, self._ahead - 1)
-        survival = at.survival[place, : at.lengths[place]].tolist()
+        survival = [float(chance) for chance in at.survival[place][: at.lengths[place]]]
         tokens = 1.0 + sum(survival[:k])
         cost = self._costs.cost(at.requests, drafts, passes)
         parts = {
-            "lambda": float(at.rates[place, 0]),
+            "lambda": at.rates[place],
             "lost": self._own.lost(request_id),
             "survival": survival,
             "costs": self._costs.costs(at.requests, self._width)[: self._width + 1].tolist(),
