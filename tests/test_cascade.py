@@ -141,14 +141,24 @@ def test_pauses_and_prefill_do_not_count() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 8), st.floats(0.1, 4.0)), min_size=1, max_size=4),
+    st.lists(st.floats(0.1, 4.0), min_size=8, max_size=8),
     st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.1]),
+    st.integers(1, 9),
 )
-def test_the_search_stays_in_range_and_never_repeats(
-    trials: list[tuple[int, float]], max_k: int
+def test_a_search_stays_in_range_never_repeats_and_ends(
+    utility: list[float], first_k: int, max_k: int, tolerance: float, most: int
 ) -> None:
-    k = next_trial(trials, max_k, CascadeSettings())
-    assert k is None or (1 <= k <= max_k and k not in {t[0] for t in trials})
+    settings = CascadeSettings(tolerance=tolerance, max_trials=most)
+    trials: list[tuple[int, float]] = []
+    k: int | None = min(first_k, max_k)
+    while k is not None:
+        assert 1 <= k <= max_k
+        assert k not in dict(trials)
+        trials.append((k, utility[k - 1]))
+        assert len(trials) <= most
+        k = next_trial(trials, max_k, settings)
 
 
 @given(cap=st.integers(0, 8), accepted=st.booleans())

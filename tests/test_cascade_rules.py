@@ -55,11 +55,13 @@ LOSING = table(0.8, 0.7, 0.6)
         ([(3, 1.5)], 8, 4),
         ([(3, 1.0)], 8, 4),
         ([(3, 0.9)], 8, 2),
+        ([(3, 1.5)], 4, 4),
         ([(3, 1.5)], 3, 2),  # nothing is above the cap
         ([(1, 1.5)], 1, None),
         # Rising: keep the direction.
         ([(3, 1.2), (4, 1.5)], 8, 5),
         ([(3, 0.5), (2, 0.8)], 8, 1),
+        ([(3, 1.2), (4, 1.5)], 5, 5),
         ([(3, 1.2), (4, 1.5)], 4, None),
         # Falling after a first trial that pays: turn round, to the other side of the first.
         ([(3, 1.5), (4, 1.2)], 8, 2),

@@ -98,7 +98,6 @@ def next_trial(trials: Sequence[Trial], max_k: int, settings: CascadeSettings) -
         settings: For the number of trials and the tolerance.
     """
     k, u = trials[-1]
-    tried = {t[0] for t in trials}
     if len(trials) == settings.max_trials:
         return None
     if k == 1 and u < 1:  # the search has reached K = 0, whose utility is 1 by definition
@@ -118,7 +117,7 @@ def next_trial(trials: Sequence[Trial], max_k: int, settings: CascadeSettings) -
             candidate = before_k - direction
         else:  # fell on both sides, or fell after rising: a local maximum has been passed
             return None
-    return candidate if 1 <= candidate <= max_k and candidate not in tried else None
+    return candidate if 1 <= candidate <= max_k else None
 
 
 def best_trial(trials: Sequence[Trial]) -> int:
