@@ -236,6 +236,19 @@ def test_steps_held_for_the_baseline_count_in_no_trial_and_no_set() -> None:
     assert utilities == {3: pytest.approx(1.6), 4: pytest.approx(2.0), 5: pytest.approx(1.5)}
 
 
+def test_a_batch_is_held_for_a_refresh_though_only_one_request_drafts() -> None:
+    policy = cascade()
+    policy.add("drafts", 8)
+    policy.add("may not", 0)
+    why = []
+    for _ in range(110):
+        a, b = policy.decide([Proposal("drafts"), Proposal("may not")])
+        why.append((a.why, b.why))
+        parts = (RequestStep("drafts", a.k, a.k + 1), RequestStep("may not", 0, 1))
+        policy.observe(Step(BASE * (1 + 0.01 * a.k), True, parts))
+    assert why.index(("refresh", "refresh")) == 104  # 4 for the baseline, 100 with drafts
+
+
 def test_nothing_is_held_for_a_baseline_that_no_draft_needs() -> None:
     # At K = 0 every step is a sample, however old the value was.
     phases = run(cascade(refresh_steps=1), lambda _step, _k: 0.5, 60)
