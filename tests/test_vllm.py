@@ -75,7 +75,18 @@ def own_policies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["ngram", "draft_model"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """An engine with each drafter in turn, in which a test leaves nothing behind."""
     engine: Engine = request.getfixturevalue(f"{request.param}_engine")
+    yield from left_as_it_was(engine, request)
+
+
+@pytest.fixture
+def any_engine(ngram_engine: Engine, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """The same with one drafter, for what has nothing to do with drafters."""
+    yield from left_as_it_was(ngram_engine, request)
+
+
+def left_as_it_was(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Engine]:
     faults = dict(engine.scheduler.cascade_faults)
     yield engine
     engine.drain()
@@ -181,13 +192,13 @@ def test_preempted_requests_go_on_losslessly_and_leave_no_state(engine: Engine) 
     assert any(not step["decode"] for step in steps[10:])
 
 
-def test_a_policy_that_raises_does_not_disturb_the_output(engine: Engine) -> None:
-    reference = engine.generate(PROMPTS, policy("off"))
-    before = engine.scheduler.cascade_faults["policy 'raises'"]
+def test_a_policy_that_raises_does_not_disturb_the_output(any_engine: Engine) -> None:
+    reference = any_engine.generate(PROMPTS, policy("off"))
+    before = any_engine.scheduler.cascade_faults["policy 'raises'"]
     asked = [policy("raises")] * 3 + [policy("random")] * 2
-    outputs, steps = engine.generate_logged(PROMPTS, asked)
+    outputs, steps = any_engine.generate_logged(PROMPTS, asked)
     assert outputs == reference
-    assert engine.scheduler.cascade_faults["policy 'raises'"] > before
+    assert any_engine.scheduler.cascade_faults["policy 'raises'"] > before
     rows = [r for step in steps for r in step["requests"]]
     retired = [r["k"] for r in rows if r["policy"] == ""]
     assert len(retired) > 50
@@ -358,27 +369,29 @@ def test_a_log_that_cannot_be_written_is_given_up_which_costs_no_drafts(
     assert engine.scheduler.cascade_faults.pop(log) == 1
 
 
-def test_bad_request_options_are_ignored_and_the_others_apply_raises(engine: Engine) -> None:
-    reference = engine.generate(PROMPTS[:1], policy("off"))
+def test_bad_request_options_are_ignored_and_the_others_apply_raises(any_engine: Engine) -> None:
+    reference = any_engine.generate(PROMPTS[:1], policy("off"))
     for bad in (policy("no-such"), {"cascade_max_k": 99}, {"cascade_polcy": "off"}):
-        outputs, steps = engine.generate_logged(PROMPTS[:1], bad)
+        outputs, steps = any_engine.generate_logged(PROMPTS[:1], bad)
         assert outputs == reference
         assert {r["policy"] for s in steps for r in s["requests"]} == {ServerOptions().policy}
     # What else it asks for is done: who wants no drafts gets none.
-    outputs, steps = engine.generate_logged(PROMPTS[:1], {**policy("no-such"), "cascade_max_k": 0})
+    outputs, steps = any_engine.generate_logged(
+        PROMPTS[:1], {**policy("no-such"), "cascade_max_k": 0}
+    )
     assert outputs == reference
     assert {r["k"] for s in steps for r in s["requests"]} == {0}
-    assert engine.scheduler.cascade_faults["request options"] >= 4
+    assert any_engine.scheduler.cascade_faults["request options"] >= 4
 
 
-def test_steps_with_prefill_are_not_taken_for_decoding(engine: Engine) -> None:
+def test_steps_with_prefill_are_not_taken_for_decoding(any_engine: Engine) -> None:
     def run() -> None:
-        engine.add("early", PROMPTS[1], policy("static:3"), 40)
-        engine.step(10)
-        engine.add("late", PROMPTS[0], policy("static:3"), 20)
-        engine.drain()
+        any_engine.add("early", PROMPTS[1], policy("static:3"), 40)
+        any_engine.step(10)
+        any_engine.add("late", PROMPTS[0], policy("static:3"), 20)
+        any_engine.drain()
 
-    steps = engine.steps_of(run)
+    steps = any_engine.steps_of(run)
     prefill = [i for i, step in enumerate(steps) if not step["decode"]]
     assert prefill == [0, 10]
     assert all(step["seconds"] > 0 for step in steps)
@@ -411,10 +424,12 @@ def test_a_model_drafter_drafts_no_further_than_wanted(draft_model_engine: Engin
     assert MAX_K > 2
 
 
-def test_traces_hold_what_was_said_and_how_it_was_made(engine: Engine) -> None:
-    path = engine.step_log.with_name("traces.jsonl")
+def test_traces_hold_what_was_said_and_how_it_was_made(any_engine: Engine) -> None:
+    path = any_engine.step_log.with_name("traces.jsonl")
     before = len(path.read_text().splitlines()) if path.exists() else 0
-    outputs, steps = engine.generate_logged(PROMPTS[:2], policy("static:3", cascade_task="copy"))
+    outputs, steps = any_engine.generate_logged(
+        PROMPTS[:2], policy("static:3", cascade_task="copy")
+    )
     rows = [json.loads(line) for line in path.read_text().splitlines()[before:]]
     assert sorted(row["output_token_ids"] for row in rows) == sorted(outputs)
     assert {row["task"] for row in rows} == {"copy"}
@@ -424,14 +439,14 @@ def test_traces_hold_what_was_said_and_how_it_was_made(engine: Engine) -> None:
     assert sorted(list(trace.output) for trace in found) == sorted(outputs)
 
 
-def test_the_models_experts_are_known_to_policies_that_ask(engine: Engine) -> None:
-    engine.generate(PROMPTS[:1], policy("marginal"), max_tokens=2)
-    group = engine.scheduler.controller._groups["marginal"]
+def test_the_models_experts_are_known_to_policies_that_ask(any_engine: Engine) -> None:
+    any_engine.generate(PROMPTS[:1], policy("marginal"), max_tokens=2)
+    group = any_engine.scheduler.controller._groups["marginal"]
     assert (group.policy.settings.experts, group.policy.settings.top_k) == (8, 2)
 
 
-def test_the_log_says_what_was_expected_and_what_deciding_took(engine: Engine) -> None:
-    _, steps = engine.generate_logged(PROMPTS[:1], policy("marginal"))
+def test_the_log_says_what_was_expected_and_what_deciding_took(any_engine: Engine) -> None:
+    _, steps = any_engine.generate_logged(PROMPTS[:1], policy("marginal"))
     decode = [step for step in steps if step["decode"]][1:]
     assert all(0 < step["controller"] < step["seconds"] for step in decode)
     assert all(0 < step["handover"] < step["seconds"] for step in decode)
