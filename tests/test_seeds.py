@@ -13,7 +13,7 @@ STEP = 128
 """Tokens of a step, enough for 8 requests with drafts: each prompt here fits in, not all."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # stopped any sooner it would take the process's others with it
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     log = tmp_path_factory.mktemp("seeds") / "steps.jsonl"
     more: dict[str, Any] = {"max_num_batched_tokens": STEP, "enable_prefix_caching": False}
