@@ -42,12 +42,20 @@ PACKAGE = "moecascade"
 # Which tests hold a module: the first prefix that fits, tests that are quickest to tell first.
 PROPERTIES = "test_policy_properties"
 PINNED = "test_pinned"
-MARGINAL = ("test_acceptance", PINNED, "test_drafters", PROPERTIES, "test_marginal")
+MARGINAL = (
+    "test_buckets",
+    "test_acceptance",
+    PINNED,
+    "test_drafters",
+    PROPERTIES,
+    "test_marginal",
+    "test_spec",
+)
 TESTS: dict[str, tuple[str, ...]] = {
     "core/utility": ("test_utility", "test_cascade_rules", PINNED, "test_cascade"),
     "core/baseline": ("test_utility", "test_cascade_rules", PINNED, "test_cascade"),
     "core/policies": ("test_cascade_rules", PINNED, "test_cascade", "test_controller", "test_spec"),
-    "core/peers": ("test_peers_rules", "test_baselines", PROPERTIES),
+    "core/peers": ("test_peers_rules", "test_spec", "test_baselines", PROPERTIES),
     "core/cost": ("test_cost", PINNED, "test_marginal", "test_baselines"),
     "core/marginal": MARGINAL,
     "core/step": ("test_spec", "test_cascade_rules", "test_baselines", "test_acceptance"),

@@ -247,3 +247,40 @@ def test_the_matching_prefix_ends_at_the_first_difference(
     draft: list[int], tokens: list[int], same: int
 ) -> None:
     assert matching_prefix(draft, tokens) == same
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("marginal", {"top_k": 3, "experts": 2}, "from 1 to experts (2), got 3"),
+        ("marginal", {"top_k": 0, "experts": 2}, "from 1 to experts (2), got 0"),
+        ("marginal", {"most_lost": 0.0}, "most_lost must be above 0, got 0"),
+        ("marginal", {"crowd": -1}, "crowd must be at least 0, got -1"),
+        ("marginal", {"rate_memory": 0.5}, "rate_memory must be at least 1, got 0.5"),
+        ("dynamic-table", {"table": [[1, 4]]}, "each entry is [first size, last size, K]"),
+        ("dynamic-table", {"table": [[1, 4, 5, 6]]}, "each entry is [first size, last size, K]"),
+        ("dynamic-table", {"table": [[1, "4", 5]]}, "each entry is [first size, last size, K]"),
+        ("dynamic-table", {"table": [[1, 4, 5.5]]}, "each entry is [first size, last size, K]"),
+        ("dynamic-table", {"table": [7]}, "each entry is [first size, last size, K]"),
+        ("dynamic-table", {"table": ["abc"]}, "each entry is [first size, last size, K]"),
+        ("dynamic-table", {"table": []}, ""),
+        ("dynamic-table", {"table": [[2, 4, 5]]}, ""),
+    ],
+)
+def test_what_means_nothing_is_refused(name: str, settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        create(name, 8, settings)
+    assert words in str(refused.value)
+
+
+def test_what_just_means_something_is_taken() -> None:
+    for settings in (
+        {"top_k": 2, "experts": 2},
+        {"top_k": 1, "experts": 1},
+        {"most_lost": 1e-9},
+        {"crowd": 0},
+        {"rate_memory": 1.0},
+    ):
+        create("marginal", 8, settings)
+    for table in ([[1, 4, 5]], [[1, 1, 0], [2, 9, 8]]):
+        create("dynamic-table", 8, {"table": table})
