@@ -208,7 +208,6 @@ def test_ngram_and_draft_model_are_served() -> None:
         ("method", ["'medusa'", "ngram, draft_model"]),
         ("table", ["Dynamic SD", "remove it"]),
         ("parallel drafts", ["parallel_drafting", "without it"]),
-        ("async", ["asynchronous", "--no-async-scheduling"]),
         ("pipeline", ["pipeline_parallel_size=2", "use 1"]),
         ("data", ["data_parallel_size=2", "use 1"]),
     ],
@@ -226,8 +225,6 @@ def test_what_is_not_supported_is_refused_with_reason_and_remedy(
     elif change == "parallel drafts":
         config.speculative_config.method = "draft_model"
         config.speculative_config.parallel_drafting = True
-    elif change == "async":
-        config.scheduler_config.async_scheduling = True
     elif change == "pipeline":
         config.parallel_config.pipeline_parallel_size = 2
     else:

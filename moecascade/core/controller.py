@@ -50,6 +50,8 @@ class Controller:
         on_fault: Told of each fault: what failed, and how and with what consequence.
         facts: What is known of the model, by the name of the setting in which policies take it
             (``experts``, ``top_k``). What the user configures comes first.
+        shows_drafts: Whether proposals have tokens; policies that have to see them are refused
+            where they have not.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Controller:
         max_k: int,
         on_fault: Callable[[str, str], None],
         facts: Mapping[str, Any] | None = None,
+        shows_drafts: bool = True,
     ) -> None:
         """Make the server's default policy, so that bad configuration shows now."""
         self._options = options
         self._max_k = max_k
         self._on_fault = on_fault
         self._facts = facts or {}
+        self._shows_drafts = shows_drafts
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group | None] = {}
         self._caps: dict[str, int] = {}  # of the requests that have one of their own
@@ -195,6 +199,12 @@ class Controller:
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)
         if group is None:
+            if not self._shows_drafts and registry.reads_drafts(spec):
+                raise ConfigError(
+                    f"policy {spec!r} looks at drafts before it chooses K, and asynchronous "
+                    "scheduling does not show them; choose another, such as 'cascade', or start "
+                    "vLLM with --no-async-scheduling"
+                )
             if spec != self._options.policy:
                 self._make_room()
             settings = self.settings_of(parse(spec).name)

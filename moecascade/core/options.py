@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moecascade.core import registry
@@ -23,12 +23,16 @@ PACKAGE = "moecascade"
 REQUEST_PREFIX = "cascade_"
 
 
+UNSEEN = "cascade"  # the policy where drafts are not shown, and nobody chose one
+
+
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """Configuration of the plugin.
 
     Attributes:
-        policy: Spec of the policy for requests that do not choose one.
+        policy: Spec of the policy for requests that do not choose one. Where nothing is said and
+            the engine does not show drafts, it is `UNSEEN`.
         options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
         request_options: Whether requests may choose policy and cap; if not, those that do are
             answered with status 400 by `moecascade.vllm.http`, and ignored where it is missing.
@@ -70,7 +74,10 @@ class RequestOptions:
 
 
 def server_options(
-    additional_config: Any, max_k: int, facts: Mapping[str, Any] | None = None
+    additional_config: Any,
+    max_k: int,
+    facts: Mapping[str, Any] | None = None,
+    shows_drafts: bool = True,
 ) -> ServerOptions:
     """Return the validated configuration from vLLM's ``additional_config``.
 
@@ -78,6 +85,7 @@ def server_options(
         additional_config: vLLM's mapping; without our key, all defaults.
         max_k: The longest draft that the engine can verify.
         facts: What is known of the model, see `core.controller.Controller`.
+        shows_drafts: Whether policies see drafts before they decide, likewise.
 
     Raises:
         ConfigError: Unknown keys, policies or settings, values out of range.
@@ -90,6 +98,8 @@ def server_options(
     values = given.get(CONFIG_KEY, {})
     where = f'additional_config["{CONFIG_KEY}"]'
     chosen = from_mapping(ServerOptions, values, where)
+    if not shows_drafts and "policy" not in values:
+        chosen = replace(chosen, policy=UNSEEN)
     known = registry.classes()  # now, not when a request first asks for one of another package
     for name, settings in chosen.options.items():
         if name not in known:

@@ -26,7 +26,7 @@ class Policy(ABC):
             name = "half"
 
             def decide(self, proposals):
-                return [Decision(p.request_id, len(p.tokens) // 2, "half") for p in proposals]
+                return [Decision(p.request_id, p.length // 2, "half") for p in proposals]
 
     A policy is pure: no clock, no randomness, no input or output, no engine, so replay, simulation
     and engine run the same object. The engine calls, for each step: `decide` for the requests that
@@ -41,12 +41,15 @@ class Policy(ABC):
         argument: The field of `Settings` that a spec gives after a colon (``static:3``), or "".
         Settings: Frozen dataclass of the policy's constants, each with its default.
         learns: Whether one request teaches it anything that the next ones gain by.
+        reads_drafts: Whether it looks at a draft's tokens before it decides. Asynchronous
+            scheduling does not show them, so such a policy is refused there.
     """
 
     name: ClassVar[str]
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[Any]] = NoSettings
     learns: ClassVar[bool] = False
+    reads_drafts: ClassVar[bool] = False
 
     def __init__(self, settings: Any, max_k: int) -> None:
         self.settings = settings

@@ -133,6 +133,12 @@ def learns(spec: str) -> bool:
     return policy is not None and policy.learns
 
 
+def reads_drafts(spec: str) -> bool:
+    """Return whether the policy of a valid spec has to see drafts before it decides."""
+    policy = _find(parse(spec).name)
+    return policy is not None and policy.reads_drafts
+
+
 def applicable(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the facts of a model that a policy takes as settings."""
     policy = _find(name)

@@ -24,12 +24,16 @@ class RequestStep:
             stop token or the length limit cut the step short.
         tokens: The ids of those tokens, for policies that learn from the text; empty where the
             engine does not tell them.
+        k: The K that was decided for this step. An asynchronous engine decides about the next step
+            before it reports this one, so it need not be the last decision. None where that is
+            not known, and then it is the last one.
     """
 
     request_id: str
     drafted: int
     emitted: int
     tokens: Sequence[int] = ()
+    k: int | None = None
 
     @property
     def accepted(self) -> int:
@@ -65,10 +69,19 @@ class Proposal:
     Attributes:
         request_id: The engine's name for the request.
         tokens: The draft, as long as the drafter could make it; empty where it had none.
+        unseen: Tokens of a draft that nobody sees before it is verified. Asynchronous scheduling
+            plans a step while the drafter still works, so a policy knows of its draft no more than
+            this number, and of the request what it did up to the step before the last.
     """
 
     request_id: str
     tokens: Sequence[int] = ()
+    unseen: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the draft, seen or not."""
+        return len(self.tokens) or self.unseen
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def plan(
         ours += ["--speculative-config", to_json(_drafter(max_k))]
     is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
     if is_ours:
-        _check_supported(flags, arguments)
+        _check_supported(flags)
     if is_ours and "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
         ours += ["--no-async-scheduling"]
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
@@ -117,7 +117,7 @@ def plan(
     return _with_runner(made, flags) if is_ours else made
 
 
-def _check_supported(flags: Flags, arguments: Sequence[str]) -> None:
+def _check_supported(flags: Flags) -> None:
     """Refuse what the plugin would refuse in the engine, where the model has been loaded by then.
 
     As far as flags tell; `moecascade.vllm.support.check_supported` sees all of it.
@@ -125,10 +125,6 @@ def _check_supported(flags: Flags, arguments: Sequence[str]) -> None:
     method = drafter_of(flags).get("method")
     if isinstance(method, str) and method not in support.DRAFTERS:
         raise ConfigError(support.unknown_drafter(method))
-    said = [argument.replace("_", "-").removeprefix("--") for argument in arguments]
-    switches = [word for word in said if word.removeprefix("no-") == "async-scheduling"]
-    if switches and switches[-1] == "async-scheduling":  # the last one counts
-        raise ConfigError(support.ASYNC_SCHEDULING)
     for name in support.SIZES:
         if name == "data_parallel_size":
             continue  # vLLM makes engines of their own of a dense model's ranks: those are served

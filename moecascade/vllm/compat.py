@@ -6,7 +6,7 @@ then run the tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,11 +44,51 @@ def is_decode(output: SchedulerOutput) -> bool:
 
 
 def verified(output: SchedulerOutput) -> Iterable[tuple[str, int]]:
-    """Yield each request of the step with the number of drafts that the step verifies for it."""
-    drafts = output.scheduled_spec_decode_tokens
+    """Yield each request of the step with the number of drafts that the step verifies for it.
+
+    By their number, as asynchronous scheduling tells no more of them. New and resumed requests have
+    none (see `is_decode`); neither are those counted that a grammar ruled out.
+    """
+    padded = {request.req_id for request in output.scheduled_new_reqs}
+    padded |= output.scheduled_cached_reqs.resumed_req_ids
+    invalid = output.num_invalid_spec_tokens or {}
     for request_id in output.num_scheduled_tokens:
-        tokens = drafts.get(request_id)
-        yield request_id, len(tokens) if tokens and tokens[0] >= 0 else 0
+        drafts = output.scheduled_spec_decode_tokens.get(request_id, ())
+        if request_id in padded:
+            yield request_id, 0
+        else:
+            yield request_id, len(drafts) - invalid.get(request_id, 0)
+
+
+def live(output: SchedulerOutput, requests: Mapping[str, Request]) -> Container[str]:
+    """Return the requests of a step whose tokens somebody will get.
+
+    A request may have ended since the step was scheduled, or been thrown out of memory with what
+    was under way for it (0.32: `Scheduler.update_from_output`). To be asked before the step is
+    processed.
+    """
+    there = set()
+    for request_id in output.num_scheduled_tokens:
+        request = requests.get(request_id)
+        if request is None or request.is_finished():
+            continue
+        if not (request.num_stale_output_tokens and request.drop_stale_output):
+            there.add(request_id)
+    return there
+
+
+def aside(request: Request) -> int:
+    """Return how many drafts vLLM has set aside for a request's next step, not seen yet."""
+    return len(request.spec_token_ids)
+
+
+def set_aside(request: Request, k: int) -> None:
+    """Let the next step verify `k` drafts of a request, at most what was set aside.
+
+    The list is shared with other requests (0.32: `AsyncScheduler._update_after_schedule`).
+    """
+    if len(request.spec_token_ids) > k:
+        request.spec_token_ids = request.spec_token_ids[:k]
 
 
 def prompt_tokens(request: Request) -> Sequence[int]:
@@ -64,13 +104,19 @@ def room(request: Request) -> int:
     * `min_tokens`: vLLM 0.32's first runner bars stop tokens from the target's own token after a
       draft by the tokens that are out before the draft, so a draft that reaches `min_tokens` would
       put off an end that was due (`MinTokensLogitsProcessor.apply`).
+
+    With asynchronous scheduling a step may be under way, which gives one token or more. Then there
+    is no room at all before `min_tokens`: that runner counts what is under way as written, drafts
+    that will turn out wrong too, and lets an answer end early (a test found it; with no draft
+    under way the count is right).
     """
-    out: int = request.num_output_tokens
-    limits: list[int] = [request.max_tokens]
+    under_way = request.num_output_placeholders > 0
+    out: int = request.num_output_tokens + under_way
+    left: int = request.max_tokens - out
     params = request.sampling_params
     if params is not None and params.min_tokens > out:
-        limits.append(params.min_tokens)
-    return max(0, min(limits) - out - 1)
+        left = 0 if under_way else min(left, params.min_tokens - out)
+    return max(0, left - 1)
 
 
 def emitted(output: ModelRunnerOutput, request_id: str) -> Sequence[int]:

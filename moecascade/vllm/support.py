@@ -30,12 +30,14 @@ MODEL_DRAFTERS = ("draft_model",)
 DRAFTERS = CHEAP_DRAFTERS + MODEL_DRAFTERS
 SIZES = ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size")
 """Of parallelism: only 1 is supported."""
-ASYNC_SCHEDULING = (
-    "moecascade does not support asynchronous scheduling yet: it drafts before the last step is "
-    "known; add --no-async-scheduling, or leave --async-scheduling out"
+HOOKS = (
+    "schedule",
+    "_update_after_schedule",
+    "update_from_output",
+    "update_draft_token_ids",
+    "add_request",
+    "_free_request",
 )
-
-HOOKS = ("schedule", "update_from_output", "update_draft_token_ids", "add_request", "_free_request")
 """Methods of vLLM's scheduler that the plugin extends."""
 
 
@@ -125,8 +127,6 @@ def check_supported(config: VllmConfig) -> None:
     """Raise ConfigError, with reason and remedy, for what the plugin cannot serve (yet)."""
     _check_drafter(config)
     parallel = config.parallel_config
-    if config.scheduler_config.async_scheduling:
-        raise ConfigError(ASYNC_SCHEDULING)
     if second_runner(config):
         _check_second_runner(config)
     if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:

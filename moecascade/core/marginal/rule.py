@@ -123,6 +123,7 @@ class Marginal(Policy):
     name = "marginal"
     Settings = MarginalSettings
     learns = True
+    reads_drafts = True
     settings: MarginalSettings
 
     def __init__(self, settings: MarginalSettings, max_k: int) -> None:

@@ -85,6 +85,7 @@ class SurvivalBudget(Policy):
     """Global top-k over survival probabilities."""
 
     name = "survival-budget"
+    reads_drafts = True
     Settings = SurvivalSettings
     learns = True
     settings: SurvivalSettings

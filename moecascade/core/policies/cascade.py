@@ -205,7 +205,8 @@ class Cascade(Policy):
         for r, part in ours:
             if r.phase == "baseline":
                 self._advance_baseline(r)
-            elif baseline is not None and not r.held:
+            elif baseline is not None and not r.held and part.k in (None, r.k):
+                # Otherwise it was decided in an earlier phase: see `RequestStep.k`.
                 cost = cost_share(step.seconds, baseline, n, part.drafted, drafted)
                 r.tally.add(part.emitted, cost)
                 self._advance(r)
