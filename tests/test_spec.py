@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moecascade.core.options import RequestOptions, request_options, valid_request_options
 from moecascade.core.settings import MOST, check_ranges, from_mapping
 from moecascade.core.spec import Spec, parse, split
-from moecascade.core.step import RequestStep, matching_prefix
+from moecascade.core.step import Proposal, RequestStep, matching_prefix
 from moecascade.errors import ConfigError
 from moecascade.policies import applicable, create, learns, names
 
@@ -284,3 +284,9 @@ def test_what_just_means_something_is_taken() -> None:
         create("marginal", 8, settings)
     for table in ([[1, 4, 5]], [[1, 1, 0], [2, 9, 8]]):
         create("dynamic-table", 8, {"table": table})
+
+
+def test_a_draft_has_a_length_whether_it_is_seen_or_not() -> None:
+    assert Proposal("r", [7, 8]).length == 2
+    assert Proposal("r", unseen=3).length == 3
+    assert Proposal("r").length == 0
