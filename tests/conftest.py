@@ -35,7 +35,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 # Threads of OpenMP that wait by spinning, each tied to a core, make little headway where a core has
-# another busy process: with one beside them on two cores tests took 2.5 to 3.5 times as long. These
+# another busy process: with one beside them on two cores tests took 1.8 to 3.5 times as long. These
 # sleep, and run where there is room: 1.1 to 1.2 times. Two libraries, each with its own names.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")

@@ -71,6 +71,10 @@ def folder(tmp_path: Path) -> str:
         ('serve FOLDER -sc \'{"method":"eagle3"}\'', ["'eagle3'", "allowed: ngram, draft_model"]),
         ("serve FOLDER -pp 2", ["pipeline_parallel_size=2", "use 1"]),
         ("serve FOLDER --decode_context_parallel_size=4", ["=4 is not supported", "use 1"]),
+        (
+            "serve FOLDER --policy marginal --no-async-scheduling --async_scheduling",
+            ["'marginal'", "'cascade'", "--no-async-scheduling"],
+        ),
         ("serve FOLDER --port http", ["--port http"]),
         ("serve FOLDER --port 70000", ["port 70000"]),
         ("serve FOLDER --config gone.yaml", ["gone.yaml"]),

@@ -16,6 +16,7 @@ from moecascade.core import registry
 from moecascade.core.options import (
     RequestOptions,
     ServerOptions,
+    check_unseen,
     request_options,
     valid_request_options,
 )
@@ -199,12 +200,8 @@ class Controller:
     def _group(self, spec: str) -> _Group:
         group = self._groups.get(spec)
         if group is None:
-            if not self._shows_drafts and registry.reads_drafts(spec):
-                raise ConfigError(
-                    f"policy {spec!r} looks at drafts before it chooses K, and asynchronous "
-                    "scheduling does not show them; choose another, such as 'cascade', or start "
-                    "vLLM with --no-async-scheduling"
-                )
+            if not self._shows_drafts:
+                check_unseen(spec)
             if spec != self._options.policy:
                 self._make_room()
             settings = self.settings_of(parse(spec).name)

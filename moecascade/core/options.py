@@ -119,6 +119,16 @@ def server_options(
     return chosen
 
 
+def check_unseen(spec: str) -> None:
+    """Raise ConfigError where a policy needs drafts that the engine does not show."""
+    if registry.reads_drafts(spec):
+        raise ConfigError(
+            f"policy {spec!r} looks at drafts before it chooses K, and asynchronous scheduling "
+            f"does not show them; choose another, such as {UNSEEN!r}, or start vLLM with "
+            "--no-async-scheduling"
+        )
+
+
 def _no_settings(_name: str) -> Mapping[str, Any]:
     return {}
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moecascade.core.options import CONFIG_KEY, server_options
+from moecascade.core.options import CONFIG_KEY, check_unseen, server_options
 from moecascade.core.registry import ANY_K
 from moecascade.errors import ConfigError
 from moecascade.serving import machine
@@ -110,6 +110,8 @@ def plan(
     is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
     if is_ours:
         _check_supported(flags)
+        if policy is not None and _asynchronous(arguments):
+            check_unseen(policy)
     if is_ours and "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
         ours += ["--no-async-scheduling"]
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
@@ -131,6 +133,13 @@ def _check_supported(flags: Flags) -> None:
         size = flags.value(name.replace("_", "-"), "1")
         if size.isdecimal() and int(size) > 1:
             raise ConfigError(support.too_many(name, int(size)))
+
+
+def _asynchronous(arguments: Sequence[str]) -> bool:
+    """Return whether asynchronous scheduling is asked for; of several flags the last one counts."""
+    said = [argument.replace("_", "-").removeprefix("--") for argument in arguments]
+    switches = [word for word in said if word.removeprefix("no-") == "async-scheduling"]
+    return bool(switches) and switches[-1] == "async-scheduling"
 
 
 def _with_runner(launch: Launch, flags: Flags) -> Launch:
