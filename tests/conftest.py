@@ -152,7 +152,7 @@ class Engine:
         """Run until nothing is left, and let vLLM flush the requests that finished."""
         core = self.llm.llm_engine.engine_core.engine_core
         self.step(10_000)
-        while core.scheduler.has_requests() or core.batch_queue:
+        while core.scheduler.has_requests():
             core.step_fn()
 
 
@@ -207,50 +207,6 @@ def stop_engine(engine: Engine) -> None:
     engine.llm.llm_engine.engine_core.shutdown()
     engine.llm = None
     gc.collect()
-
-
-@contextlib.contextmanager
-def asynchronous() -> Iterator[None]:
-    """Let a CPU engine schedule asynchronously, which vLLM 0.32 switches off there at the end.
-
-    Steps run when they are sent, so nothing overlaps in time; the order of calls, and what the
-    scheduler knows when, are those of a GPU.
-    """
-    import torch._dynamo
-    from vllm.platforms import current_platform
-
-    torch._dynamo.config.disable = (
-        True  # else the first step with drafts compiles for half a minute
-    )
-    platform = type(current_platform)
-    theirs = platform.__dict__["check_and_update_config"]
-
-    def check(cls: Any, config: Any) -> None:
-        wanted = config.scheduler_config.async_scheduling
-        theirs.__func__(cls, config)
-        config.scheduler_config.async_scheduling = wanted
-
-    platform.check_and_update_config = classmethod(check)
-    try:
-        yield
-    finally:
-        platform.check_and_update_config = theirs
-
-
-@pytest.fixture(scope="session")
-def async_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """vLLM with the plugin and a small draft model, scheduled asynchronously.
-
-    A step has room for 40 tokens: prompts are split, and requests have to sit out steps.
-    """
-    from moecascade import localmodel
-
-    speculative = {"method": "draft_model", "model": str(localmodel.ensure("draft"))}
-    log = tmp_path_factory.mktemp("async") / "steps.jsonl"
-    with asynchronous():
-        engine = make_engine(log, speculative, async_scheduling=True, max_num_batched_tokens=40)
-    yield engine
-    stop_engine(engine)
 
 
 @pytest.fixture(scope="session")

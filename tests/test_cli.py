@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> str:
             ["'polcy'", "did you mean 'policy'"],
         ),
         ("serve FOLDER --additional_config={cascade}", ["{cascade}", "not JSON"]),
-        ('serve FOLDER -sc \'{"method":"eagle3"}\'', ["'eagle3'", "allowed: ngram, draft_model"]),
+        ('serve FOLDER -sc \'{"method":"eagel3"}\'', ["'eagel3'", "did you mean 'eagle3'"]),
         ("serve FOLDER -pp 2", ["pipeline_parallel_size=2", "use 1"]),
         ("serve FOLDER --decode_context_parallel_size=4", ["=4 is not supported", "use 1"]),
         (
@@ -254,18 +254,22 @@ def test_where_the_user_replaces_the_scheduler_nothing_of_ours_is_added():
     planned = command.plan("model", given)
     flags = {"--scheduler-cls", "--additional-config", "--middleware", "--no-async-scheduling"}
     assert not flags & set(ours(planned, given))
-    assert command.RUNNER not in planned.environment
 
 
-def test_model_drafters_run_by_the_runner_that_is_supported(monkeypatch: pytest.MonkeyPatch):
-    """And so does vLLM without one, where it is measured beside."""
-    drafter = ["-sc", '{"method": "draft_model", "model": "m", "num_speculative_tokens": 3}']
-    for plan in (command.plan, command.plain):
-        assert plan("model", drafter).environment[command.RUNNER] == "0"
-        assert command.RUNNER not in plan("model").environment
-        with monkeypatch.context() as patch:
-            patch.setenv(command.RUNNER, "1")
-            assert command.RUNNER not in plan("model", drafter).environment
+@pytest.mark.parametrize("method", ["eagle3", "eagle", "mtp", "deepseek_mtp", "draft_model"])
+def test_model_drafters_are_served_as_vllm_serves_them(
+    method: str, folder: str, cli: Callable[..., Answer]
+):
+    drafter = {"method": method, "model": folder, "num_speculative_tokens": 3}
+    shown = cli("serve", folder, "--speculative-config", json.dumps(drafter), "--dry-run")
+    assert shown.returncode == 0
+    assert "--scheduler-cls" in shown.stdout
+    assert "async-scheduling" not in shown.stdout
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in shown.stdout
+    for policy, switch in {"marginal": True, "cascade": False, "static:2": False}.items():
+        given = ["--speculative-config", json.dumps(drafter)]
+        planned = command.plan("model", given, policy=policy)
+        assert ("--no-async-scheduling" in planned.command) == switch, policy
 
 
 def test_the_last_of_several_values_counts():

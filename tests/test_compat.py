@@ -7,6 +7,7 @@ import logging
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 
 from moecascade import localmodel
 from moecascade.errors import ConfigError, SetupError
-from moecascade.vllm import compat, support
+from moecascade.vllm import compat, drafters, support
+from tests import matrix
 from tests.conftest import NGRAM
 
+ROOT = Path(__file__).resolve().parent.parent
 SPECULATIVE = {**NGRAM, "num_speculative_tokens": 8}
 
 
@@ -152,7 +155,16 @@ def test_what_a_draft_was_filled_up_with_is_told_from_what_was_found() -> None:
     [
         ({"draft_sample_method": "probabilistic"}, ["'probabilistic'", '"greedy"']),
         ({"executor": "external_launcher", "world": 2}, ["external_launcher", "'mp'"]),
-        ({"second": True, "method": "draft_model"}, ["passes", "VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"draft_sample_method": "probabilistic", "ahead": True}, []),
+        ({"adaptive": True}, ["enable_adaptive_verification", "remove it"]),
+        ({"method": "medusas"}, ["'medusas'", "did you mean 'medusa'", "eagle3"]),
+        ({"method": "extract_hidden_states"}, ["'extract_hidden_states'"]),
+        ({"pipeline": 2}, ["pipeline_parallel_size=2", "52071", "use 1"]),
+        ({"pipeline": 2, "second": True}, ["pipeline_parallel_size=2"]),
+        ({"pipeline": 2, "second": True, "ahead": True}, []),
+        ({"context": 2}, ["decode_context_parallel_size=2", "use 1"]),
+        ({"data": 2}, []),
+        ({"second": True, "method": "draft_model"}, []),
         ({"second": True, "hybrid": True}, ["Mamba", "VLLM_USE_V2_MODEL_RUNNER=0"]),
         ({"second": True, "mamba": True}, ["Mamba", "VLLM_USE_V2_MODEL_RUNNER=0"]),
         ({"second": True}, []),
@@ -163,21 +175,7 @@ def test_what_a_draft_was_filled_up_with_is_told_from_what_was_found() -> None:
 def test_what_a_gpu_brings_is_refused_where_it_cannot_be_served(
     change: dict[str, Any], words: list[str]
 ) -> None:
-    config: Any = SimpleNamespace(
-        use_v2_model_runner=change.get("second", False),
-        speculative_config=SimpleNamespace(
-            method=change.get("method", "ngram"),
-            draft_sample_method=change.get("draft_sample_method", "greedy"),
-        ),
-        scheduler_config=SimpleNamespace(async_scheduling=False),
-        model_config=SimpleNamespace(
-            is_hybrid=change.get("hybrid", False), is_attention_free=change.get("mamba", False)
-        ),
-        parallel_config=SimpleNamespace(
-            distributed_executor_backend=change.get("executor", "mp"),
-            world_size=change.get("world", 1),
-        ),
-    )
+    config = configured(**change)
     if not words:
         support.check_supported(config)
         return
@@ -187,51 +185,113 @@ def test_what_a_gpu_brings_is_refused_where_it_cannot_be_served(
         assert word in str(error.value)
 
 
+def configured(**change: Any) -> Any:
+    """Return as much of vLLM's configuration as is looked at, as a GPU would bring it."""
+    return SimpleNamespace(
+        use_v2_model_runner=change.get("second", False),
+        speculative_config=SimpleNamespace(
+            method=change.get("method", "ngram"),
+            num_speculative_tokens=8,
+            draft_sample_method=change.get("draft_sample_method", "greedy"),
+            enable_adaptive_verification=change.get("adaptive", False),
+            parallel_drafting=change.get("parallel", False),
+            use_multi_module_mtp=lambda: change.get("modules", 1) > 1,
+        ),
+        scheduler_config=SimpleNamespace(async_scheduling=change.get("ahead", False)),
+        model_config=SimpleNamespace(
+            is_hybrid=change.get("hybrid", False), is_attention_free=change.get("mamba", False)
+        ),
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=change.get("executor", "mp"),
+            world_size=change.get("world", 1),
+            pipeline_parallel_size=change.get("pipeline", 1),
+            data_parallel_size=change.get("data", 1),
+            decode_context_parallel_size=change.get("context", 1),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"method": "eagle3"}, True),
+        ({"method": "eagle3", "second": True}, True),
+        ({"method": "mtp", "second": True}, True),
+        ({"method": "mtp", "second": True, "modules": 2}, False),
+        ({"method": "draft_model"}, True),
+        ({"method": "draft_model", "second": True}, False),
+        ({"method": "draft_model", "parallel": True}, False),
+        ({"method": "eagle3", "data": 2}, False),  # the ranks of a mixture of experts
+        ({"method": "medusa"}, False),
+        ({"method": "ngram"}, False),
+    ],
+)
+def test_a_drafter_is_told_how_far_to_draft_where_it_listens(
+    change: dict[str, Any], told: bool
+) -> None:
+    assert drafters.drafter(configured(**change)).one_by_one is told
+
+
+def compatibility() -> list[tuple[str, list[str]]]:
+    """Return the rows of the table of drafters: the method, and a word for each place."""
+    text = (ROOT / "docs/compatibility.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in text.splitlines()]
+    words = {"run", "read", "refused", "vLLM"}
+    return [(row[0].strip("`"), row[1:]) for row in rows if len(row) == 5 and row[1] in words]
+
+
+def test_the_table_of_drafters_says_what_the_code_does() -> None:
+    """Refused is what the plugin refuses; *run* is what the matrix of engines runs."""
+    places = [("first", "sync"), ("first", "async"), ("second", "sync"), ("second", "async")]
+    rows = compatibility()
+    assert {method for method, _ in rows} >= set(drafters.DRAFTERS)
+    for method, words in rows:
+        for (runner, mode), word in zip(places, words, strict=True):
+            config = configured(method=method, second=runner == "second", ahead=mode == "async")
+            run = {"custom" if m == "custom_class" else m for m in [method]} <= set(
+                matrix.CASES[runner][mode]
+            )
+            assert (word == "run") == run, (method, runner, mode)
+            if word == "refused":
+                with pytest.raises(ConfigError):
+                    support.check_supported(config)
+            else:
+                support.check_supported(config)
+            if (
+                method in drafters.DRAFTERS
+                and drafters.DRAFTERS[method][runner == "second"] is None
+            ):
+                assert word == "vLLM"
+
+
+def test_the_table_of_drafters_names_all_that_vllm_has() -> None:
+    from typing import get_args
+
+    from vllm.config.speculative import EagleModelTypes, MTPModelTypes, NgramGPUTypes
+
+    known = {method for method, _ in compatibility()}
+    theirs = {*get_args(EagleModelTypes), *get_args(NgramGPUTypes)} - set(get_args(MTPModelTypes))
+    assert theirs | {"ngram", "medusa", "suffix", "draft_model", "custom_class"} <= known
+
+
 @pytest.mark.engine
 def test_ngram_and_draft_model_are_served() -> None:
     config = engine_config(speculative_config=SPECULATIVE)
     support.check_supported(config)
-    assert support.max_k(config) == 8
-    assert not support.drafts_cost(config)
+    assert drafters.drafter(config) == drafters.Drafter(max_k=8, searches=True)
     drafter = {"method": "draft_model", "model": str(localmodel.ensure("draft"))}
     config = engine_config(speculative_config={**drafter, "num_speculative_tokens": 3})
     support.check_supported(config)
-    assert support.max_k(config) == 3
-    assert support.drafts_cost(config)
+    assert drafters.drafter(config) == drafters.Drafter(max_k=3, one_by_one=True)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("no drafter", ["no drafter", "--speculative-config", "ngram"]),
-        ("method", ["'medusa'", "ngram, draft_model"]),
-        ("table", ["Dynamic SD", "remove it"]),
-        ("parallel drafts", ["parallel_drafting", "without it"]),
-        ("pipeline", ["pipeline_parallel_size=2", "use 1"]),
-        ("data", ["data_parallel_size=2", "use 1"]),
-    ],
-)
-def test_what_is_not_supported_is_refused_with_reason_and_remedy(
-    change: str, words: list[str]
-) -> None:
+def test_an_engine_without_a_drafter_is_refused_with_the_remedy() -> None:
     config = engine_config(speculative_config=SPECULATIVE)
-    if change == "no drafter":
-        config.speculative_config = None
-    elif change == "method":
-        config.speculative_config.method = "medusa"
-    elif change == "table":
-        config.speculative_config.num_speculative_tokens_per_batch_size = [(1, 4, 8)]
-    elif change == "parallel drafts":
-        config.speculative_config.method = "draft_model"
-        config.speculative_config.parallel_drafting = True
-    elif change == "pipeline":
-        config.parallel_config.pipeline_parallel_size = 2
-    else:
-        config.parallel_config.data_parallel_size = 2
+    config.speculative_config = None
     with pytest.raises(ConfigError) as error:
         support.check_supported(config)
-    for word in words:
+    for word in ("no drafter", "--speculative-config", "ngram"):
         assert word in str(error.value)
 
 

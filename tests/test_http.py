@@ -35,8 +35,23 @@ def client() -> TestClient:
         speculative_config=SimpleNamespace(num_speculative_tokens=8),
         model_config=SimpleNamespace(hf_text_config=text),
         additional_config={"cascade": {"options": {"cascade": {"set_steps": 32}}}},
+        scheduler_config=SimpleNamespace(async_scheduling=False),
     )
     return TestClient(app)
+
+
+def test_a_policy_that_has_to_see_drafts_is_refused_where_they_are_not_shown(
+    client: TestClient,
+) -> None:
+    body = {"vllm_xargs": {"cascade_policy": "survival-budget"}}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    app: Any = client.app
+    app.state.vllm_config.scheduler_config.async_scheduling = True
+    fresh = TestClient(Starlette(routes=app.routes, middleware=[Middleware(ValidateOptions)]))
+    fresh.app.state.vllm_config = app.state.vllm_config  # type: ignore[attr-defined]
+    answer = fresh.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "--no-async-scheduling" in answer.text
 
 
 @pytest.mark.parametrize(

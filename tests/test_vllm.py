@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ import pytest
 from moecascade import policies
 from moecascade.core import registry
 from moecascade.core.options import ServerOptions
-from moecascade.core.step import Decision, Proposal, Step
-from moecascade.policies import Policy, register
+from moecascade.core.step import Step
+from moecascade.policies import register
 from moecascade.telemetry import traces
 from tests.conftest import MAX_K, MAX_LEN, Engine
+from tests.policies import RandomK
 
 pytestmark = pytest.mark.engine
 
@@ -40,20 +40,6 @@ As JSON: {"name": "Ada Lovelace", "born": 1815, "city": "London"}
 Name: Alan Turing. Born: 1912. City: Maida Vale.
 As JSON:""",
 ]
-
-
-class RandomK(Policy):
-    """A test's policy: K at random, the same sequence in every run."""
-
-    name = "random"
-
-    def __init__(self, settings: Any, max_k: int) -> None:
-        super().__init__(settings, max_k)
-        self._random = random.Random(0)
-
-    def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
-        ks = [self._random.randint(0, self.max_k) for _ in proposals]
-        return [Decision(p.request_id, k, "random") for p, k in zip(proposals, ks, strict=True)]
 
 
 class Raises(RandomK):

@@ -13,16 +13,16 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moecascade.core.options import CONFIG_KEY, check_unseen, server_options
-from moecascade.core.registry import ANY_K
+from moecascade.core.registry import ANY_K, reads_drafts
 from moecascade.errors import ConfigError
 from moecascade.serving import machine
 from moecascade.serving.flags import Flags, to_json
-from moecascade.vllm import support
+from moecascade.vllm import drafters, support
 
 DRAFTER: dict[str, Any] = {
     "method": "ngram",
@@ -34,7 +34,6 @@ DRAFTER: dict[str, Any] = {
 
 SCHEDULER = "moecascade.vllm.Scheduler"
 MIDDLEWARE = "moecascade.vllm.http.ValidateOptions"
-RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 ANY_HOST = "0.0.0.0"  # noqa: S104 -- recognised, not bound
 LOCAL_MAX_MODEL_LEN = 4096
 CPU_CACHE_GIB = {True: 2, False: 4}
@@ -110,13 +109,9 @@ def plan(
     is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
     if is_ours:
         _check_supported(flags)
-        if policy is not None and _asynchronous(arguments):
-            check_unseen(policy)
-    if is_ours and "async-scheduling" not in flags:  # vLLM would switch it on for a draft model
-        ours += ["--no-async-scheduling"]
+        ours += _scheduling(flags, arguments, policy)
     ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
-    made = _launch(model, flags, [*ours, *arguments], local_name)
-    return _with_runner(made, flags) if is_ours else made
+    return _launch(model, flags, [*ours, *arguments], local_name)
 
 
 def _check_supported(flags: Flags) -> None:
@@ -125,14 +120,36 @@ def _check_supported(flags: Flags) -> None:
     As far as flags tell; `moecascade.vllm.support.check_supported` sees all of it.
     """
     method = drafter_of(flags).get("method")
-    if isinstance(method, str) and method not in support.DRAFTERS:
-        raise ConfigError(support.unknown_drafter(method))
-    for name in support.SIZES:
-        if name == "data_parallel_size":
-            continue  # vLLM makes engines of their own of a dense model's ranks: those are served
-        size = flags.value(name.replace("_", "-"), "1")
-        if size.isdecimal() and int(size) > 1:
-            raise ConfigError(support.too_many(name, int(size)))
+    if isinstance(method, str):
+        drafters.check_method(method)
+    if (size := _size(flags, "decode-context-parallel-size")) > 1:
+        raise ConfigError(support.untried_context(size))
+    if (size := _size(flags, "pipeline-parallel-size")) > 1 and method in drafters.SEARCHES:
+        raise ConfigError(support.pipeline(size))
+
+
+def _size(flags: Flags, name: str) -> int:
+    """Return a number that a flag says, 1 where it says none."""
+    said = flags.value(name, "1")
+    return int(said) if said.isdecimal() else 1
+
+
+def _scheduling(flags: Flags, arguments: Sequence[str], policy: str | None) -> list[str]:
+    """Return the flag that makes vLLM show drafts before they are verified, where that is better.
+
+    A search of the text finds its drafts in no time, and what was found says much; a policy that
+    looks at drafts has been asked for. Models draft better while nobody waits for them.
+    """
+    if "async-scheduling" in flags:
+        if policy is not None and _asynchronous(arguments):
+            check_unseen(policy)
+        return []
+    looks = policy is not None and reads_drafts(policy)
+    return (
+        ["--no-async-scheduling"]
+        if looks or drafter_of(flags).get("method") in drafters.SEARCHES
+        else []
+    )
 
 
 def _asynchronous(arguments: Sequence[str]) -> bool:
@@ -140,16 +157,6 @@ def _asynchronous(arguments: Sequence[str]) -> bool:
     said = [argument.replace("_", "-").removeprefix("--") for argument in arguments]
     switches = [word for word in said if word.removeprefix("no-") == "async-scheduling"]
     return bool(switches) and switches[-1] == "async-scheduling"
-
-
-def _with_runner(launch: Launch, flags: Flags) -> Launch:
-    """Have vLLM run the drafter in a way that is supported, where the user did not decide.
-
-    See `moecascade.vllm.compat`: with a model drafter it takes vLLM's first model runner.
-    """
-    if drafter_of(flags).get("method") == DRAFTER["method"] or os.environ.get(RUNNER):
-        return launch
-    return replace(launch, environment={**launch.environment, RUNNER: "0"})
 
 
 def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None = None) -> Launch:
@@ -180,7 +187,7 @@ def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None =
             f"--config {flags.value('config')} chooses a drafter, so vLLM cannot be measured "
             "without; name the drafter on the command line instead"
         )
-    return _with_runner(_launch(model, flags, kept, local_name), Flags(arguments))
+    return _launch(model, flags, kept, local_name)
 
 
 def _launch(model: str, flags: Flags, arguments: Sequence[str], local_name: str | None) -> Launch:

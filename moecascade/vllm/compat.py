@@ -140,9 +140,13 @@ def ask_for_drafts(output: SchedulerOutput) -> None:
     output.has_structured_output_requests = True
 
 
-def told(draft: Sequence[int]) -> bool:
-    """Return whether a draft holds tokens, not what stands for tokens that are not told."""
-    return draft[0] >= 0
+def found(draft: list[int]) -> list[int]:
+    """Return the tokens of a draft, without the -1 that stand for no token.
+
+    They do where the n-gram search on a GPU found nothing (0.32: `NgramProposerGPU`), and all along
+    where the worker does not tell what it drafted.
+    """
+    return draft[: draft.index(-1)] if -1 in draft else draft
 
 
 def without_fill(draft: list[int], text: Sequence[int]) -> list[int]:

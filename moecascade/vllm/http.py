@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moecascade.core.options import REQUEST_PREFIX, RequestOptions, request_options, server_options
+from moecascade.core.options import (
+    REQUEST_PREFIX,
+    RequestOptions,
+    check_unseen,
+    request_options,
+    server_options,
+)
 from moecascade.errors import ConfigError
-from moecascade.vllm import support
+from moecascade.vllm import drafters, support
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +36,7 @@ class _Known:
     max_k: int | None = None
     settings_of: Callable[[str], Mapping[str, Any]] = lambda _name: {}
     may_choose: bool = True
+    shows_drafts: bool = True
 
 
 class ValidateOptions:
@@ -70,10 +77,11 @@ class ValidateOptions:
             config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
             if config is None or config.speculative_config is None:
                 return _Known()  # it does not say
-            max_k, facts = support.max_k(config), support.model_facts(config)
-            options = server_options(config.additional_config, max_k, facts)
+            max_k, facts = drafters.max_k(config), support.model_facts(config)
+            shows_drafts = not config.scheduler_config.async_scheduling
+            options = server_options(config.additional_config, max_k, facts, shows_drafts)
             settings_of = partial(options.settings_of, facts=facts)
-            self._told = _Known(max_k, settings_of, options.request_options)
+            self._told = _Known(max_k, settings_of, options.request_options, shows_drafts)
         return self._told
 
 
@@ -98,6 +106,8 @@ def _problem(body: bytes, known: _Known) -> str | None:
                     "vllm_xargs: this server lets no request choose cascade_policy or "
                     "cascade_max_k (request_options is false); leave them out"
                 )
+            if asked.policy is not None and not known.shows_drafts:
+                check_unseen(asked.policy)
     except ConfigError as error:
         return str(error)
     except (ValueError, AttributeError, RecursionError):

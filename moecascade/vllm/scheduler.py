@@ -31,7 +31,7 @@ from moecascade.core.controller import Controller
 from moecascade.core.options import server_options
 from moecascade.core.step import Decision, Proposal, RequestStep, Step
 from moecascade.telemetry.recorder import Recorder
-from moecascade.vllm import compat, support
+from moecascade.vllm import compat, drafters, support
 from moecascade.vllm.clock import StepClock
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class Scheduler(VllmScheduler):
         support.check_hooks(VllmScheduler)
         support.check_supported(config)
         shows_drafts = isinstance(self, SyncScheduler)
-        self._max_k = support.max_k(config)
-        self._drafts_cost = support.drafts_cost(config)
-        self._fills_up = support.fills_up(config)
+        self._drafter = drafters.drafter(config)
+        self._max_k = self._drafter.max_k
+        self._passes = 0  # of the drafter at the end of the last step, beyond the first
         self._draftless = False  # whether the drafter did not run at the end of the last step
         self._decisions: dict[str, Decision] = {}  # the last one of each request
         self._under_way: list[tuple[SchedulerOutput, dict[str, Decision]]] = []  # steps, in order
@@ -96,11 +96,12 @@ class Scheduler(VllmScheduler):
         return output
 
     def _update_after_schedule(self, output: SchedulerOutput) -> None:
-        """Tell a model drafter how far to draft at the end of the step; vLLM reads it below."""
-        if self._drafts_cost:
+        """Tell the drafter how far to draft at the end of the step; vLLM reads it below."""
+        k: int | None = self._max_k
+        if self._drafter.one_by_one:
             with self._clock.deciding():
                 k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
-            compat.limit_drafting(output, k or 0)
+        compat.limit_drafting(output, k or 0)
         super()._update_after_schedule(output)
 
     def update_from_output(
@@ -170,14 +171,15 @@ class Scheduler(VllmScheduler):
         parts = tuple(
             self._part(request_id, drafted, results, decisions)
             if request_id in live
-            else RequestStep(
-                request_id, 0, 0
-            )  # it ended while the step ran: nobody gets its tokens
+            else RequestStep(request_id, 0, 0)  # it ended meanwhile: nobody gets its tokens
             for request_id, drafted in compat.verified(output)
         )
         decode = compat.is_decode(output) and all(part.emitted for part in parts)
-        drafting = self._drafts_cost and not self._draftless
-        step = Step(seconds, decode, parts, compat.drafter_passes(output) if drafting else 0)
+        drafting = self._drafter.one_by_one and not self._draftless
+        passes = compat.drafter_passes(output) if drafting else 0
+        in_time = self._passes if self._drafter.counted_late else passes
+        self._passes = passes
+        step = Step(seconds, decode, parts, in_time)
         self._recorder.step(step, decisions, self.controller.spec, self._clock.take())
         with self._clock.deciding():
             self.controller.observe(step)
@@ -253,12 +255,12 @@ class SyncScheduler(Scheduler):
         """Return what of a draft the drafter thought of, and the answer has room for."""
         if self._draftless:
             return []
-        if draft and not compat.told(draft):
+        found = compat.found(draft)
+        if draft and not found and (self._drafter.pads or not self._drafter.searches):
             self._report("drafts", "vLLM's worker does not tell them, so none is verified")
-            return []
-        if draft and self._fills_up:
-            draft = compat.without_fill(draft, request.all_token_ids)
-        return draft[: compat.room(request)]
+        if found and self._drafter.pads:
+            found = compat.without_fill(found, request.all_token_ids)
+        return found[: compat.room(request)]
 
 
 class AsyncScheduler(Scheduler, VllmAsyncScheduler):

@@ -1,4 +1,4 @@
-"""What of vLLM is supported: versions, drafters, runners, topologies; the rest is refused at start.
+"""What of vLLM is supported: versions, runners, topologies; the rest is refused at start.
 
 Written against vLLM 0.32.0.
 """
@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from moecascade.errors import ConfigError, SetupError
+from moecascade.vllm import drafters
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,14 +23,6 @@ OLDEST = (0, 32)
 TESTED = (0, 32)
 WANTED = f"'vllm=={TESTED[0]}.{TESTED[1]}.*'"  # for pip
 
-CHEAP_DRAFTERS = ("ngram",)
-"""Methods that draft at no cost worth saving: they always propose as much as they can."""
-MODEL_DRAFTERS = ("draft_model",)
-"""Methods whose drafts cost forward passes: they are told how far to draft."""
-
-DRAFTERS = CHEAP_DRAFTERS + MODEL_DRAFTERS
-SIZES = ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size")
-"""Of parallelism: only 1 is supported."""
 HOOKS = (
     "schedule",
     "_update_after_schedule",
@@ -86,12 +79,6 @@ def check_hooks(scheduler: type) -> None:
         )
 
 
-def max_k(config: VllmConfig) -> int:
-    """Return the longest draft that the engine can verify; see `check_supported`."""
-    assert config.speculative_config is not None  # check_supported has seen to it
-    return int(config.speculative_config.num_speculative_tokens or 0)
-
-
 def model_facts(config: VllmConfig) -> dict[str, int]:
     """Return what policies may want to know of the target: experts a layer, experts a token.
 
@@ -107,96 +94,46 @@ def model_facts(config: VllmConfig) -> dict[str, int]:
     return {"experts": experts, "top_k": top_k}
 
 
-def drafts_cost(config: VllmConfig) -> bool:
-    """Return whether the drafter runs a model, so that drafting less saves time."""
-    assert config.speculative_config is not None
-    return config.speculative_config.method in MODEL_DRAFTERS
-
-
-def fills_up(config: VllmConfig) -> bool:
-    """Return whether the drafter fills drafts up with the text's last token: see `without_fill`."""
-    return second_runner(config) and not drafts_cost(config)
-
-
-def second_runner(config: VllmConfig) -> bool:
-    """Return whether vLLM runs the model by its second runner, which GPUs have by default."""
-    return bool(getattr(config, "use_v2_model_runner", False))
-
-
 def check_supported(config: VllmConfig) -> None:
-    """Raise ConfigError, with reason and remedy, for what the plugin cannot serve (yet)."""
-    _check_drafter(config)
-    parallel = config.parallel_config
-    if second_runner(config):
-        _check_second_runner(config)
+    """Raise ConfigError, with reason and remedy, for what the plugin cannot serve."""
+    in_advance = bool(config.scheduler_config.async_scheduling)
+    drafters.check(config.speculative_config, shows_drafts=not in_advance)
+    second, model, parallel = (
+        drafters.second_runner(config),
+        config.model_config,
+        config.parallel_config,
+    )
+    if second and (model.is_hybrid or model.is_attention_free):
+        # Read in the source of 0.32, not run: the order of a batch, and `mamba_attn`.
+        raise ConfigError(
+            "vLLM's second model runner is not supported here: there Mamba layers may read the "
+            "wrong state for requests without drafts; start vLLM with VLLM_USE_V2_MODEL_RUNNER=0 "
+            "in the environment"
+        )
     if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
         raise ConfigError(
             "distributed_executor_backend='external_launcher' runs a scheduler on every rank; K "
             "follows measured times, so they would come to differ; use 'mp'"
         )
-    for name in SIZES:
-        size = getattr(parallel, name, 1)
-        if size > 1:
-            raise ConfigError(too_many(name, size))
+    if parallel.pipeline_parallel_size > 1 and not (second and in_advance):
+        raise ConfigError(pipeline(parallel.pipeline_parallel_size))
+    context = getattr(parallel, "decode_context_parallel_size", 1)
+    if context > 1:
+        raise ConfigError(untried_context(context))
 
 
-def _check_drafter(config: VllmConfig) -> None:
-    """Raise ConfigError for what of --speculative-config the plugin cannot serve."""
-    speculative = config.speculative_config
-    if speculative is None:
-        raise ConfigError(
-            "moecascade.vllm.Scheduler chooses draft lengths, but this engine has no drafter; add "
-            """--speculative-config '{"method": "ngram", "num_speculative_tokens": 8, """
-            """"prompt_lookup_min": 2, "prompt_lookup_max": 4}' or drop --scheduler-cls"""
-        )
-    if speculative.method not in DRAFTERS:
-        raise ConfigError(unknown_drafter(str(speculative.method)))
-    if getattr(speculative, "num_speculative_tokens_per_batch_size", None):
-        raise ConfigError(
-            "num_speculative_tokens_per_batch_size (vLLM's Dynamic SD) and moecascade both choose "
-            "the draft length; remove it from --speculative-config"
-        )
-    if drafts_cost(config) and getattr(speculative, "parallel_drafting", False):
-        raise ConfigError(
-            "parallel_drafting is not supported by moecascade yet: such a drafter makes all tokens "
-            "in one pass, and vLLM cannot have it make fewer; use a draft model without it"
-        )
-    if getattr(speculative, "draft_sample_method", "greedy") != "greedy":
-        raise ConfigError(
-            f"draft_sample_method {speculative.draft_sample_method!r} is not supported: K would be "
-            "chosen by looking at sampled drafts, which changes what is accepted and so the text; "
-            'use "greedy", vLLM\'s default'
-        )
-
-
-def unknown_drafter(method: str) -> str:
-    """Return what is to be said of a drafter that is not supported."""
+def untried_context(size: int) -> str:
+    """Return what is to be said of decode-context parallelism."""
     return (
-        f"speculative method {method!r} is not supported by moecascade yet; "
-        f"allowed: {', '.join(DRAFTERS)}"
+        f"decode_context_parallel_size={size} is not supported by moecascade, because nobody has "
+        "tried drafts of different lengths with it; use 1"
     )
 
 
-def too_many(name: str, size: int) -> str:
-    """Return what is to be said of a kind of parallelism that is not supported."""
+def pipeline(size: int) -> str:
+    """Return what is to be said of pipeline parallelism where steps are scheduled in turn."""
     return (
-        f"{name}={size} is not supported by moecascade yet, because it keeps several batches or "
-        "schedulers in flight; use 1"
+        f"pipeline_parallel_size={size} is supported by moecascade with asynchronous scheduling on "
+        "vLLM's second model runner only, because without it vLLM itself is not right with drafts "
+        "(vLLM issue 52071); use 1, or a drafter that vLLM schedules asynchronously"
     )
-
-
-def _check_second_runner(config: VllmConfig) -> None:
-    """Raise ConfigError for what vLLM's second model runner does otherwise than we need.
-
-    Read in the source of 0.32, not run: that takes a GPU.
-    """
-    reason, model = "", config.model_config
-    if drafts_cost(config):  # `StandaloneARSpeculator.propose`
-        reason = "there a draft model always makes all of its passes, so a small K saves little"
-    elif model.is_hybrid or model.is_attention_free:  # the order of a batch, and `mamba_attn`
-        reason = "there Mamba layers may read the wrong state for requests without drafts"
-    if reason:
-        raise ConfigError(
-            f"vLLM's second model runner is not supported here: {reason}; start vLLM with "
-            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
-        )
