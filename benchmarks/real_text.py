@@ -1,10 +1,13 @@
 """Speed-up and worst answer of each policy on recorded answers: the figure of README.
 
     python benchmarks/real_text.py TRACES... [--figure docs/images/real-text.png]
+    python benchmarks/real_text.py TRACES... --late [--filled]
 
 Replays n-gram drafts under a Mixtral-like cost curve with 5% noise, one request at a time: a
-minute for a thousand answers on two cores. Each file is a source of its own; texts of real models
-are not part of the repository (docs/experiments.md says where ours came from).
+minute for a thousand answers on two cores. `--late` decides as asynchronous scheduling makes
+policies decide: a step early, drafts unseen; `--filled` pays for what was not found as well. Each
+file is a source of its own; texts of real models are not part of the repository
+(docs/experiments.md says where ours came from).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -35,14 +38,12 @@ class Fared:
     worst: float
 
 
-def fared(job: tuple[Path, str, int]) -> Fared:
+def fared(job: tuple[Path, str, int, player.ReplayConditions]) -> Fared:
     """Replay one policy on one file with as many seeds as asked."""
-    path, policy, seeds = job
+    path, policy, seeds, conditions = job
     requests = list(traces.read([path]))
     found = [
-        player.summarise(
-            player.play(requests, policy, player.ReplayConditions(player.MIXTRAL_LIKE, NOISE, seed))
-        )
+        player.summarise(player.play(requests, policy, replace(conditions, seed=seed)))
         for seed in range(seeds)
     ]
     return Fared(fmean(one.speedup for one in found), min(one.worst_request for one in found))
@@ -96,12 +97,22 @@ def main() -> None:
     parser.add_argument("traces", nargs="+", type=Path, help="files as 'moecascade record' writes")
     parser.add_argument("--figure", type=Path, help="draw it there (PNG or SVG)")
     parser.add_argument("--seeds", type=int, default=1, help="orders and noises, averaged")
+    parser.add_argument("--late", action="store_true", help="decide a step early, drafts unseen")
+    parser.add_argument("--filled", action="store_true", help="pay for what was not found as well")
+    parser.add_argument("--ngram-min", type=int, default=2, help="least length of a match")
     asked = parser.parse_args()
-    jobs = [(path, policy, asked.seeds) for path in asked.traces for policy in POLICIES]
+    conditions = player.ReplayConditions(
+        player.MIXTRAL_LIKE,
+        NOISE,
+        ngram_min=asked.ngram_min,
+        late=asked.late,
+        filled=asked.filled,
+    )
+    jobs = [(path, policy, asked.seeds, conditions) for path in asked.traces for policy in POLICIES]
     console = Console(stderr=True)
     with ProcessPoolExecutor() as pool, Progress(console=console, transient=True) as shown:
         results = shown.track(pool.map(fared, jobs), total=len(jobs), description="replaying")
-        found = {(path, policy): one for (path, policy, _), one in zip(jobs, results, strict=True)}
+        found = {job[:2]: one for job, one in zip(jobs, results, strict=True)}
     Console().print(table(found, asked.traces))
     if asked.figure:
         draw(found, asked.traces, asked.figure)

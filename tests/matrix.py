@@ -32,7 +32,7 @@ MAX_K = tiny.MAX_K
 TOKENS = 24  # of a step: longer prompts are split, and five requests with four drafts do not fit
 BLOCK, BLOCKS = 32, 9  # of the KV cache: less than five long requests need
 LENGTH = 40  # of an answer
-SPECS = ("off", f"static:{MAX_K}", "random", "cascade")
+SPECS = ("off", f"static:{MAX_K}", "random", "cascade", "marginal")
 SAMPLES, SAMPLED = 250, 8  # answers at a temperature, and their tokens
 
 LENGTHS = (30, 7, 22, 3, 70)
@@ -53,11 +53,11 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
 NGRAM = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 
-def specs_of(runner: str, method: str, ahead: bool) -> tuple[str, ...]:
+def specs_of(runner: str, method: str) -> tuple[str, ...]:
     """Return the policies that a case tries: on the second runner, which takes long, the least."""
-    if runner == "second" and method != "eagle":
-        return SPECS[:3]
-    return SPECS if ahead else (*SPECS, "marginal")
+    if runner == "first":
+        return SPECS
+    return (*SPECS[:3], "marginal") if method in ("eagle", "ngram_gpu") else SPECS[:3]
 
 
 class CustomDrafter:
@@ -297,7 +297,7 @@ def _drafted(models: Path, method: str, ahead: bool, runner: str) -> dict[str, A
     passes = _count_passes(core)
     read = 0
     with _watching(scheduler, seen):
-        for spec in specs_of(runner, method, ahead):
+        for spec in specs_of(runner, method):
             passes.clear()
             answers = _answers(llm, spec)
             if runner == "first" or (spec == "random" and method == "eagle"):
@@ -319,7 +319,7 @@ def _drafted(models: Path, method: str, ahead: bool, runner: str) -> dict[str, A
         seen["aborted"] = _aborted(llm)
         seen["sampled"] = _sampled(llm, "random") if method == "eagle" else []
     if ahead:
-        seen["unseen"] = _answers(llm, "marginal")["text"]
+        seen["unseen"] = _answers(llm, "survival-budget")["text"]
         seen["unseen faults"] = dict(scheduler.cascade_faults)
         scheduler.cascade_faults.clear()
     while scheduler.has_requests() or core.batch_queue:

@@ -17,19 +17,19 @@ from moecascade.core.step import Proposal
 from moecascade.errors import ConfigError
 
 MAX_K = 8
-SPECS = ("off", "static:3", f"static:{MAX_K}", "cascade")
+SPECS = ("off", "static:3", f"static:{MAX_K}", "cascade", "marginal")
 
 
 def test_where_drafts_are_not_shown_policies_that_need_them_are_refused() -> None:
     assert server_options({}, 8).policy == "marginal"
-    assert server_options({}, 8, shows_drafts=False).policy == "cascade"
-    chosen = server_options({"cascade": {"policy": "marginal"}}, 8, shows_drafts=False)
-    assert chosen.policy == "marginal"
+    assert server_options({}, 8, shows_drafts=False).policy == "marginal"
+    with pytest.raises(ConfigError, match="--no-async-scheduling"):
+        server_options({"cascade": {"policy": "survival-budget"}}, 8, shows_drafts=False)
     faults: list[Any] = []
-    for spec in ("marginal", "survival-budget", "marginal[crowd=2]"):
+    for spec in ("survival-budget",):
         with pytest.raises(ConfigError) as refused:
             Controller(ServerOptions(policy=spec), 8, lambda *f: faults.append(f), None, False)
-        for words in (repr(spec), "asynchronous", "'cascade'", "--no-async-scheduling"):
+        for words in (repr(spec), "asynchronous", "'marginal'", "--no-async-scheduling"):
             assert words in str(refused.value)
 
 

@@ -72,8 +72,8 @@ def folder(tmp_path: Path) -> str:
         ("serve FOLDER -pp 2", ["pipeline_parallel_size=2", "use 1"]),
         ("serve FOLDER --decode_context_parallel_size=4", ["=4 is not supported", "use 1"]),
         (
-            "serve FOLDER --policy marginal --no-async-scheduling --async_scheduling",
-            ["'marginal'", "'cascade'", "--no-async-scheduling"],
+            "serve FOLDER --policy survival-budget --no-async-scheduling --async_scheduling",
+            ["'survival-budget'", "'marginal'", "--no-async-scheduling"],
         ),
         ("serve FOLDER --port http", ["--port http"]),
         ("serve FOLDER --port 70000", ["port 70000"]),
@@ -266,7 +266,7 @@ def test_model_drafters_are_served_as_vllm_serves_them(
     assert "--scheduler-cls" in shown.stdout
     assert "async-scheduling" not in shown.stdout
     assert "VLLM_USE_V2_MODEL_RUNNER" not in shown.stdout
-    for policy, switch in {"marginal": True, "cascade": False, "static:2": False}.items():
+    for policy, switch in {"survival-budget": True, "marginal": False, "static:2": False}.items():
         given = ["--speculative-config", json.dumps(drafter)]
         planned = command.plan("model", given, policy=policy)
         assert ("--no-async-scheduling" in planned.command) == switch, policy

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecascade.replay.ngram import NgramDrafter
+from moecascade.core.ngram import NgramDrafter
 
 # few different tokens, so that matches are many, long, and overlapping
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=60)

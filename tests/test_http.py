@@ -32,7 +32,7 @@ def client() -> TestClient:
     )
     text = SimpleNamespace(num_experts=8, num_experts_per_tok=4)
     app.state.vllm_config = SimpleNamespace(
-        speculative_config=SimpleNamespace(num_speculative_tokens=8),
+        speculative_config=SimpleNamespace(num_speculative_tokens=8, method="eagle"),
         model_config=SimpleNamespace(hf_text_config=text),
         additional_config={"cascade": {"options": {"cascade": {"set_steps": 32}}}},
         scheduler_config=SimpleNamespace(async_scheduling=False),

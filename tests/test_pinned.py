@@ -37,6 +37,7 @@ class Scene:
         slope: Time that a position adds to a step, over a step without any.
         others: Requests of other policies in every step.
         uneasy: Whether the machine pauses at times, and becomes slower half-way.
+        unseen: Whether K is decided one step early, without seeing the draft.
     """
 
     requests: int
@@ -46,6 +47,7 @@ class Scene:
     slope: float = 0.12
     others: int = 0
     uneasy: bool = False
+    unseen: bool = False
 
 
 SCENES = {
@@ -59,6 +61,11 @@ SCENES = {
     "a model drafts": Scene(1, passes=True, slope=0.05),
     "a model drafts for some": Scene(3, passes=True, slope=0.03),
     "uneasy machine": Scene(2, uneasy=True),
+    "unseen": Scene(1, unseen=True),
+    "unseen, for some": Scene(3, slope=0.05, unseen=True),
+    "unseen crowd": Scene(11, slope=0.1, unseen=True),
+    "a model drafts unseen": Scene(1, passes=True, slope=0.05, unseen=True),
+    "a model drafts unseen for some": Scene(3, passes=True, slope=0.03, unseen=True),
 }
 POLICIES = ("marginal", "cascade")
 
@@ -101,6 +108,16 @@ class Writer:
         return [*draft[:wrong], *[599] * (most - wrong)]
 
 
+def proposals(scene: Scene, drafts: dict[str, list[int]], ahead: int) -> list[Proposal]:
+    """Return what a policy is told of drafts; one that is not seen is filled up, and paid for."""
+    if not scene.unseen:
+        return [Proposal(name, draft) for name, draft in drafts.items()]
+    if not scene.passes:
+        for draft in drafts.values():
+            draft.extend([599] * (MAX_K - len(draft)))
+    return [Proposal(name, unseen=ahead if scene.passes else MAX_K) for name in drafts]
+
+
 def play(policy: Policy, scene: Scene, steps: int) -> Iterator[list[tuple[str, int, Any]]]:
     """Yield for each step what was decided: request, K, what was expected."""
     rng = random.Random(repr(scene))
@@ -108,6 +125,7 @@ def play(policy: Policy, scene: Scene, steps: int) -> Iterator[list[tuple[str, i
     left: dict[str, int] = {}
     born = 0
     ahead = 1
+    early: dict[str, int] = {}  # K of the next step, where it is decided early
     for at in range(steps):
         while len(writers) < scene.requests:
             name, born = f"r{born}", born + 1
@@ -118,16 +136,18 @@ def play(policy: Policy, scene: Scene, steps: int) -> Iterator[list[tuple[str, i
             name: writer.guess(ahead) if scene.passes else writer.draft(MAX_K)
             for name, writer in writers.items()
         }
-        decisions = policy.decide([Proposal(name, draft) for name, draft in drafts.items()])
+        decisions = policy.decide(proposals(scene, drafts, ahead))
         yield [(d.request_id, d.k, policy.explain(d.request_id)) for d in decisions]
+        known = {d.request_id: d.k for d in decisions}
+        ks, early = (early, known) if scene.unseen else (known, known)
         parts = []
-        for decision in decisions:
-            name = decision.request_id
-            draft = drafts[name][: decision.k]
+        for name in drafts:
+            draft = drafts[name][: ks.get(name, 0)]
             coming = writers[name].ahead(len(draft) + 1)
             same = next((i for i, token in enumerate(draft) if token != coming[i]), len(draft))
             tokens = writers[name].write(same + 1)
-            parts.append(RequestStep(name, len(draft), len(tokens), tokens))
+            k = ks.get(name, 0) if scene.unseen else None
+            parts.append(RequestStep(name, len(draft), len(tokens), tokens, k))
         parts += [RequestStep(f"other{i}", i % 3, 1, [1]) for i in range(scene.others)]
         positions = len(parts) + sum(part.drafted for part in parts)
         passes = ahead - 1 if scene.passes else 0
@@ -152,6 +172,8 @@ def played(name: str, scene: Scene) -> dict[str, Any]:
     ks: dict[str, str] = {}
     sums = dict.fromkeys(("utility", "tokens", "seconds", "lambda", "lost"), 0.0)
     settings = {"experts": 8, "top_k": 2} if name == "marginal" else {}
+    if settings and scene.unseen and not scene.passes:
+        settings |= {"search_min": 2, "search_max": 2, "filled": True}
     for decided in play(create(name, MAX_K, settings), scene, 300):
         for request_id, k, expected in decided:
             ks[request_id] = ks.get(request_id, "") + str(k)

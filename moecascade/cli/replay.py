@@ -59,6 +59,12 @@ def replay(
     batch: Annotated[
         int, typer.Option(metavar="N", help="Requests at once; costs follow the expert union.")
     ] = 1,
+    late: Annotated[
+        bool, typer.Option("--late", help="Decide one step early, drafts unseen: asynchronous.")
+    ] = False,
+    filled: Annotated[
+        bool, typer.Option("--filled", help="What was not found is verified and paid for.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Replay recorded requests under policies: no engine, thousands of requests a minute.
@@ -84,7 +90,9 @@ def replay(
     costs = _curve(cost)
     if cost == COSTS:  # nobody chose it: a shorter draft needs less of it
         costs = costs[: max_k + 1]
-    conditions = ReplayConditions(costs, noise, seed, max_k, ngram_min, ngram_max, batch=batch)
+    conditions = ReplayConditions(
+        costs, noise, seed, max_k, ngram_min, ngram_max, batch, late=late, filled=filled
+    )
     requests = list(recorded.read(traces))
     if not any(len(trace.output) > 1 for trace in requests):
         raise ConfigError(

@@ -47,6 +47,7 @@ PAUSES = 3  # in a row; after them the machine has become slower (not seen in re
 # A drafter's passes
 FIRST_PASS = 0.1  # a pass before any was seen, in units of the prior, in which T(1) is 1
 PASS_BELIEF = 2.0  # measurements that this guess weighs as much as
+PASS_MEMORY = 100.0  # measurements after which one has faded
 LEAST_LEFT = 0.5  # of the expected step: what passes can never be thought to have taken
 
 
@@ -173,6 +174,9 @@ class Shape:
 class Passes:
     """What a model drafter's pass takes.
 
+    Told by steps in a row that computed as many positions with another number of passes: then
+    nothing else has changed.
+
     Attributes:
         cost: Units of one pass.
     """
@@ -181,23 +185,25 @@ class Passes:
         """Start from a guess."""
         self.cost = FIRST_PASS
         self._weight = PASS_BELIEF
+        self._last = (0, 0, 0.0)  # positions, passes, units of the last step
 
-    def split(self, time: float, target: float, passes: int) -> float:
+    def split(self, time: float, target: float, passes: int, positions: int) -> float:
         """Learn what passes take; return what the step took without them.
-
-        Both are learnt from the same steps. That tells them apart, for how many tokens are drafted
-        and how many verified varies.
 
         Args:
             time: Units that the step took.
             target: Units that it was expected to take without passes.
             passes: How many there were.
+            positions: How many it computed.
         """
-        if not passes:
-            return time
-        self._weight = min(self._weight + 1.0, MEMORY)
-        found = max(0.0, time - target) / passes
-        self.cost += (found - self.cost) / self._weight
+        there, before, took = self._last
+        self._last = (positions, passes, time)
+        if there == positions and passes != before:
+            more = passes - before
+            weight = float(more * more)
+            self._weight = min(self._weight + weight, PASS_MEMORY)
+            found = (time - took) / more
+            self.cost = max(0.0, self.cost + (found - self.cost) * weight / self._weight)
         return max(time - self.cost * passes, LEAST_LEFT * target)
 
 
@@ -236,7 +242,9 @@ class CostModel:
         surprise = level.surprise(seconds, expected)
         if surprise is None or level.unit is None:
             return
-        self._shape.learn(positions, self._passes.split(seconds / level.unit, target, passes))
+        self._shape.learn(
+            positions, self._passes.split(seconds / level.unit, target, passes, positions)
+        )
         if self._shape.steps > FIRST:
             level.follow(surprise)
 

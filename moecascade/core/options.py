@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from moecascade.core import registry
@@ -23,16 +23,12 @@ PACKAGE = "moecascade"
 REQUEST_PREFIX = "cascade_"
 
 
-UNSEEN = "cascade"  # the policy where drafts are not shown, and nobody chose one
-
-
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """Configuration of the plugin.
 
     Attributes:
-        policy: Spec of the policy for requests that do not choose one. Where nothing is said and
-            the engine does not show drafts, it is `UNSEEN`.
+        policy: Spec of the policy for requests that do not choose one.
         options: Settings of policies, by policy name: ``{"cascade": {"set_steps": 32}}``.
         request_options: Whether requests may choose policy and cap; if not, those that do are
             answered with status 400 by `moecascade.vllm.http`, and ignored where it is missing.
@@ -98,8 +94,8 @@ def server_options(
     values = given.get(CONFIG_KEY, {})
     where = f'additional_config["{CONFIG_KEY}"]'
     chosen = from_mapping(ServerOptions, values, where)
-    if not shows_drafts and "policy" not in values:
-        chosen = replace(chosen, policy=UNSEEN)
+    if not shows_drafts:
+        check_unseen(chosen.policy)
     known = registry.classes()  # now, not when a request first asks for one of another package
     for name, settings in chosen.options.items():
         if name not in known:
@@ -124,7 +120,7 @@ def check_unseen(spec: str) -> None:
     if registry.reads_drafts(spec):
         raise ConfigError(
             f"policy {spec!r} looks at drafts before it chooses K, and asynchronous scheduling "
-            f"does not show them; choose another, such as {UNSEEN!r}, or start vLLM with "
+            "does not show them; choose another, such as 'marginal', or start vLLM with "
             "--no-async-scheduling"
         )
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moecascade.core.cost import expert_union
+from moecascade.core.ngram import NgramDrafter
 from moecascade.core.policy import Policy
-from moecascade.core.registry import create
+from moecascade.core.registry import applicable, create
+from moecascade.core.spec import parse
 from moecascade.core.step import Decision, Proposal, RequestStep, Step, matching_prefix
 from moecascade.errors import ConfigError
-from moecascade.replay.ngram import NgramDrafter
 from moecascade.telemetry.traces import Trace
 
 MIXTRAL_LIKE = (1.0, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8)
@@ -44,6 +45,10 @@ class ReplayConditions:
         batch: Requests served at once.
         experts: Routed experts a layer, for costs beyond the curve.
         top_k: Experts that a token is routed to, for costs beyond the curve.
+        late: Whether K is decided one step early, without seeing the draft, as asynchronous
+            scheduling has it. The oracle knows in time.
+        filled: Whether drafts are filled up to K with tokens that are verified and paid for, as
+            vLLM's second model runner does with what a search did not find.
     """
 
     costs: Sequence[float]
@@ -55,6 +60,8 @@ class ReplayConditions:
     batch: int = 1
     experts: int = 8
     top_k: int = 2
+    late: bool = False
+    filled: bool = False
 
     def __post_init__(self) -> None:
         """Check the values; ConfigError names the first that is wrong."""
@@ -137,6 +144,7 @@ class _Running:
     drafter: NgramDrafter
     outcome: Outcome
     emitted: int = 1  # the first token comes with the prompt
+    decided: int = 0  # K of its next step, where it is decided early
 
     @property
     def left(self) -> int:
@@ -208,7 +216,10 @@ def make(
     """Return a new policy for `play`: what `create` takes, or ``oracle``."""
     if spec == Oracle.name:
         return Oracle(traces, conditions)
-    return create(spec, conditions.max_k, options)
+    c = conditions
+    facts = {"search_min": c.ngram_min, "search_max": c.ngram_max, "filled": c.filled}
+    name = parse(spec).name
+    return create(spec, c.max_k, {**applicable(name, facts), **(options or {})})
 
 
 def play(
@@ -232,6 +243,8 @@ def play(
     """
     if isinstance(policy, str):
         policy = make(policy, traces, conditions, options)
+    if isinstance(policy, Oracle):
+        conditions = replace(conditions, late=False)
     random = np.random.default_rng(conditions.seed)
     waiting = [int(i) for i in random.permutation(len(traces)) if len(traces[i].output) > 1]
     waiting.reverse()
@@ -255,28 +268,44 @@ def play(
 def _begin(name: str, trace: Trace, policy: Policy, conditions: ReplayConditions) -> _Running:
     """Start a request: its first token comes with the prompt, as in an engine with the prefill."""
     c = conditions
-    drafter = NgramDrafter(trace.prompt, c.ngram_min, c.ngram_max, c.max_k)
+    drafter = NgramDrafter(trace.prompt, c.ngram_min, c.ngram_max, c.max_k, c.filled)
     drafter.extend(trace.output[:1])
     policy.add(name, c.max_k, trace.prompt)
-    policy.observe(Step(None, False, (RequestStep(name, 0, 1, trace.output[:1]),)))
-    return _Running(name, drafter, Outcome(trace))
+    if c.late:  # while the step runs that reads its prompt
+        (decision,) = policy.decide([Proposal(name, unseen=c.max_k)])
+    policy.observe(Step(None, False, (RequestStep(name, 0, 1, trace.output[:1], k=0),)))
+    return _Running(name, drafter, Outcome(trace), decided=decision.k if c.late else 0)
 
 
 def _step(
     running: Sequence[_Running], policy: Policy, conditions: ReplayConditions, noise: float
 ) -> None:
     """Draft, decide, verify, emit, count, and show the policy what came of it."""
-    n = len(running)
-    proposals = [Proposal(r.name, r.drafter.propose()[: r.left - 1]) for r in running]
+    n, c = len(running), conditions
+    drafts = [r.drafter.propose()[: r.left - 1] for r in running]
+    if c.late:
+        ks = [r.decided for r in running]
+        proposals = [Proposal(r.name, unseen=min(c.max_k, max(0, r.left - 2))) for r in running]
+    else:
+        proposals = [Proposal(r.name, d) for r, d in zip(running, drafts, strict=True)]
     decisions = policy.decide(proposals)
-    drafts = [p.tokens[: d.k] for p, d in zip(proposals, decisions, strict=True)]
-    time = conditions.cost(n + sum(map(len, drafts))) * noise
+    if c.late:
+        for r, decision, proposal in zip(running, decisions, proposals, strict=True):
+            r.decided = min(decision.k, proposal.unseen)
+    else:
+        ks = [decision.k for decision in decisions]
+    drafts = [draft[:k] for draft, k in zip(drafts, ks, strict=True)]
+    verified = [
+        min(k, r.left - 1) if c.filled else len(draft)
+        for r, k, draft in zip(running, ks, drafts, strict=True)
+    ]
+    time = c.cost(n + sum(verified)) * noise
     parts = []
-    for r, draft in zip(running, drafts, strict=True):
+    for r, k, draft, paid in zip(running, ks, drafts, verified, strict=True):
         tokens = r.verify(draft)
         r.drafter.extend(tokens)
-        r.outcome.add(len(draft), len(tokens), time, conditions.cost(n))
-        parts.append(RequestStep(r.name, len(draft), len(tokens), tokens))
+        r.outcome.add(paid, len(tokens), time, c.cost(n))
+        parts.append(RequestStep(r.name, paid, len(tokens), tokens, k if c.late else None))
     policy.observe(Step(time * BASE_SECONDS, True, tuple(parts)))
 
 

@@ -105,6 +105,18 @@ def _in_step(config: VllmConfig) -> bool:
     return bool(getattr(config.parallel_config, "data_parallel_size", 1) > 1)
 
 
+def search_facts(config: VllmConfig) -> dict[str, int]:
+    """Return how a drafter searches the text, as settings of `marginal`; nothing for others."""
+    speculative = config.speculative_config
+    if speculative is None or speculative.method not in ("ngram", "ngram_gpu"):
+        return {}
+    return {
+        "search_min": int(speculative.prompt_lookup_min or 0),
+        "search_max": int(speculative.prompt_lookup_max or 0),
+        "filled": second_runner(config),
+    }
+
+
 def check(speculative: SpeculativeConfig | None, *, shows_drafts: bool) -> None:
     """Raise ConfigError for what of --speculative-config the plugin cannot serve."""
     if speculative is None:

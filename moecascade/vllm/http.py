@@ -77,7 +77,7 @@ class ValidateOptions:
             config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
             if config is None or config.speculative_config is None:
                 return _Known()  # it does not say
-            max_k, facts = drafters.max_k(config), support.model_facts(config)
+            max_k, facts = drafters.max_k(config), support.facts(config)
             shows_drafts = not config.scheduler_config.async_scheduling
             options = server_options(config.additional_config, max_k, facts, shows_drafts)
             settings_of = partial(options.settings_of, facts=facts)

@@ -72,7 +72,7 @@ class Scheduler(VllmScheduler):
         self._under_way: list[tuple[SchedulerOutput, dict[str, Decision]]] = []  # steps, in order
         self._ended: list[str] = []  # requests that ended, but may be in the step under way
         self.cascade_faults: Counter[str] = Counter()
-        facts = support.model_facts(config)
+        facts = support.facts(config)
         options = server_options(config.additional_config, self._max_k, facts, shows_drafts)
         self.controller = Controller(options, self._max_k, self._report, facts, shows_drafts)
         self._clock = StepClock()

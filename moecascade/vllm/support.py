@@ -79,8 +79,13 @@ def check_hooks(scheduler: type) -> None:
         )
 
 
+def facts(config: VllmConfig) -> dict[str, int]:
+    """Return what policies may want to know: of the target, and of a drafter that searches."""
+    return {**model_facts(config), **drafters.search_facts(config)}
+
+
 def model_facts(config: VllmConfig) -> dict[str, int]:
-    """Return what policies may want to know of the target: experts a layer, experts a token.
+    """Return experts a layer, experts a token.
 
     Both are 1 for a dense model; what its configuration does not tell is left out.
     """

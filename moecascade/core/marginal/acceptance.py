@@ -27,7 +27,7 @@ from math import exp, sqrt
 import numpy as np
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.context import LONGEST_MATCH, Context, Text
+from moecascade.core.marginal.context import LONGEST_MATCH, NEWEST, Context, Text
 from moecascade.core.marginal.continuations import BUCKETS, PHRASE_TOKENS, Phrases
 from moecascade.core.marginal.judge import LONGEST, Rows, outcome
 from moecascade.core.step import RequestStep
@@ -171,6 +171,10 @@ class TextJudge:
         """Forget the text."""
         self._records.pop(request_id, None)
 
+    def written(self, request_id: str) -> list[int]:
+        """Return a request's text, prompt and output, as far as it is kept."""
+        return self._records[request_id].text.ending(NEWEST)
+
     def propose(
         self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]
     ) -> list[list[float]]:
@@ -180,14 +184,16 @@ class TextJudge:
         """
         rows = []
         for request_id, draft in zip(request_ids, drafts, strict=True):
-            row: list[float] = []
-            if draft:
-                record = self._records[request_id]
-                self._close(record)
-                shadow = record.shadow = self.predict(record, draft)
-                row = shadow.survival[: self._width]
+            row = self.judged(request_id, draft)[: self._width] if draft else []
             rows.append(row + [0.0] * (self._width - len(row)))
         return rows
+
+    def judged(self, request_id: str, draft: Sequence[int]) -> list[float]:
+        """Judge a request's draft, to be scored when its tokens come; return its survival."""
+        record = self._records[request_id]
+        self._close(record)
+        record.shadow = self.predict(record, draft)
+        return record.shadow.survival
 
     def predict(self, record: Record, draft: Sequence[int]) -> Shadow:
         """Return a draft's first `LONGEST` tokens judged. Changes nothing: asking is free."""

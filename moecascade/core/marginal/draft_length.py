@@ -9,12 +9,32 @@ been admitted if drafts had ended there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moecascade.core.cost import Array
 
 DECAY_WORTH = 0.9  # of what drafts were worth, from one step to the next
 LOOK_EVERY = 64  # steps after which one token more is drafted, to see what has become of it
+
+
+# Where drafts are not seen (`Unseen`)
+LOOK_EVERY = 64  # steps after which one token more is drafted and verified
+BARE_EVERY = 256  # steps after which nothing is drafted, then nothing verified
+BARE_FIRST = (4, 8, 16, 32, 64)  # and at first
+
+
+def surplus_of(worth: Array, delay: Array, k: int) -> float:
+    """Return the most that drafts of `k` tokens can save beyond the delay of verifying them.
+
+    Args:
+        worth: Steps that each slot is expected to save, shape (requests, max_k).
+        delay: Steps by which the requests together are delayed where 0, 1, ... slots are verified.
+        k: Tokens drafted for each request.
+    """
+    drafted = -np.sort(-worth[:, :k], axis=None)
+    return max(0.0, float((np.cumsum(drafted) - delay[1 : drafted.size + 1]).max()))
 
 
 class Drafting:
@@ -38,13 +58,8 @@ class Drafting:
             delay: Steps by which the requests together are delayed where 0, 1, ... slots are
                 verified, at least ``worth.size`` of them.
         """
-        lately = np.zeros_like(self._worth)
-        best_first = np.argsort(-worth, axis=None)
-        slots, place = worth.ravel()[best_first], best_first % worth.shape[1]
-        for k in range(1, worth.shape[1] + 1):
-            drafted = slots[place < k]
-            surplus = np.cumsum(drafted) - delay[1 : drafted.size + 1]
-            lately[k] = max(0.0, float(surplus.max()))
+        most = worth.shape[1]
+        lately = np.array([0.0, *(surplus_of(worth, delay, k) for k in range(1, most + 1))])
         self._worth += (1.0 - DECAY_WORTH) * (lately - self._worth)
 
     def length(self, pass_delay: float) -> int:
@@ -58,3 +73,50 @@ class Drafting:
         best = int((self._worth - pass_delay * passes)[1:].argmax()) + 1
         look = self._steps % LOOK_EVERY == 0
         return min(best + look, len(self._worth) - 1)
+
+
+class Unseen:
+    """The choice where drafts are never seen: what they will be worth does not depend on them.
+
+    Then the K that will be verified is known when the length is chosen, and both are the same, step
+    after step. Two things would never show: what one token more is worth, and what a pass costs,
+    apart from what verifying its token costs. So now and then one more is drafted and verified, and
+    one step drafts nothing beyond the free token, the next verifies nothing.
+
+    Args:
+        max_k: Longest draft.
+
+    Attributes:
+        further: Whether the draft that was last asked for is one token longer than is thought best.
+        bare: Whether none of it is to be verified.
+    """
+
+    def __init__(self, max_k: int) -> None:
+        """Begin without having looked."""
+        self._max_k = max_k
+        self._steps = 0
+        self.further = self.bare = False
+
+    def length(self, worth: Array, delay: Array, pass_delay: float) -> int:
+        """Return how many tokens to draft, at least 1.
+
+        Args:
+            worth: As for `surplus_of`.
+            delay: As for `surplus_of`.
+            pass_delay: Steps by which one pass of the drafter delays the requests together.
+        """
+        self._steps += 1
+        self.bare = self._steps % BARE_EVERY == 0 or self._steps in BARE_FIRST
+        self.further = self._steps % LOOK_EVERY == 1
+        if self.bare:
+            return 1
+        gains = [surplus_of(worth, delay, k + 1) - pass_delay * k for k in range(self._max_k)]
+        return min(int(np.argmax(gains)) + 1 + self.further, self._max_k)
+
+    def amend(self, ks: Sequence[int], limits: Sequence[int]) -> list[int]:
+        """Return the draft lengths of requests, amended by what is to be seen; at most `limits`."""
+        if self.bare:
+            return [0] * len(ks)
+        if self.further:
+            return [min(k + 1, limit) if k else 0 for k, limit in zip(ks, limits, strict=True)]
+        return list(ks)

@@ -15,10 +15,14 @@ In a batch all (request, position) slots compete: a token of request r is worth 
 lambda, verifying it delays all n requests, and the number of slots admitted, best first, is the one
 that maximises worth less delay.
 
-Two judges say what drafts will earn. One reads the request's text (`acceptance`), which takes some
+A judge says what drafts will earn. One reads the request's text (`acceptance`), which takes some
 forty microseconds a request and step. In a batch of more than `crowd` requests another judges by
 how the request's last drafts fared (`recent`). There all pay at one lambda, the rate of the batch,
 which makes its throughput highest (`accounts`).
+
+Asynchronous scheduling shows no drafts, and asks one step early. Of a drafter that searches the
+text the draft is known all the same: `ahead` searches as well, and looks through the step in
+flight. Of other drafters no more is known than how many tokens were accepted (`counts`).
 
 Where a model drafts, each of its passes costs time too, whether anybody verifies what they draft or
 not; `draft_length` says how many are worth it.
@@ -35,8 +39,10 @@ import numpy as np
 from moecascade.core.cost import CostModel
 from moecascade.core.marginal.acceptance import TextJudge
 from moecascade.core.marginal.accounts import Accounts, OwnAccounts, Rate, SharedAccount
+from moecascade.core.marginal.ahead import AheadJudge
 from moecascade.core.marginal.allocation import allot
-from moecascade.core.marginal.draft_length import Drafting
+from moecascade.core.marginal.counts import CountsJudge
+from moecascade.core.marginal.draft_length import Drafting, Unseen
 from moecascade.core.marginal.judge import LONGEST, Judge, Rows
 from moecascade.core.marginal.recent import RecentJudge
 from moecascade.core.policy import Policy
@@ -59,6 +65,10 @@ class MarginalSettings:
             steps where it has been shorter. A draft that could cost more is cut.
         crowd: Requests in a batch above which drafts are judged by how the request's last ones
             fared instead of by its text.
+        search_min: Least length of a match, of a drafter that searches the text; 0 for others. The
+            engine says so, as it does the next two.
+        search_max: Greatest length of a match.
+        filled: Whether drafts are filled up where nothing was found, and verified all the same.
     """
 
     experts: int = 8
@@ -66,6 +76,9 @@ class MarginalSettings:
     rate_memory: float = 20.0
     most_lost: float = 0.03
     crowd: int = 8
+    search_min: int = 0
+    search_max: int = 0
+    filled: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges; ConfigError names the setting and what is allowed."""
@@ -81,6 +94,11 @@ class MarginalSettings:
         if not self.crowd >= 0:
             raise ConfigError(
                 f"options of policy 'marginal': crowd must be at least 0, got {self.crowd}"
+            )
+        if not 0 <= self.search_min <= self.search_max:
+            raise ConfigError(
+                f"options of policy 'marginal': search_min must be from 0 to search_max "
+                f"({self.search_max}), got {self.search_min}"
             )
         if not self.rate_memory >= 1:
             raise ConfigError(
@@ -123,7 +141,6 @@ class Marginal(Policy):
     name = "marginal"
     Settings = MarginalSettings
     learns = True
-    reads_drafts = True
     settings: MarginalSettings
 
     def __init__(self, settings: MarginalSettings, max_k: int) -> None:
@@ -134,6 +151,11 @@ class Marginal(Policy):
         memory, every = settings.rate_memory, Rate.first()
         self._text, self._own = TextJudge(width), OwnAccounts(memory, settings.most_lost, every)
         self._recent = RecentJudge(width)
+        self._counts = CountsJudge(width)
+        searched = (settings.search_min, settings.search_max)
+        self._ahead_of = AheadJudge(width, self._text, searched, settings.filled)
+        self._judges = (self._text, self._recent, self._counts, self._ahead_of)
+        self._unseen: Unseen | None = None  # where the engine shows no drafts
         self._small = _Mode(self._text, self._own, 1)
         self._large = _Mode(self._recent, SharedAccount(memory, every), LARGE_BATCH_LOOKS)
         self._mode = self._small  # of the last decision
@@ -147,18 +169,20 @@ class Marginal(Policy):
         """Keep the prompt; expect the rate of all requests."""
         decisions = [Decision(request_id, k, self.name) for k in range(self._width + 1)]
         self._requests[request_id] = _Request(min(max_k, self._width), decisions)
-        self._text.begin(request_id, prompt)
-        self._recent.begin(request_id, prompt)
+        for judge in self._judges:
+            judge.begin(request_id, prompt)
         self._own.begin(request_id)
 
     def drop(self, request_id: str) -> None:
         """Forget the request; what it taught remains."""
         self._requests.pop(request_id, None)
-        for part in (self._text, self._recent, self._own):
+        for part in (*self._judges, self._own):
             part.end(request_id)
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
+        if self._unseen is None and any(p.unseen for p in proposals):
+            self._go_without_seeing()
         judge, accounts, _ = self._mode = (
             self._large if len(proposals) > self.settings.crowd else self._small
         )
@@ -166,11 +190,14 @@ class Marginal(Policy):
         requests = [self._requests[name] for name in names]
         drafts = [p.tokens if r.max_k else () for p, r in zip(proposals, requests, strict=True)]
         survival = judge.propose(names, drafts)
-        lengths = [min(len(d), r.max_k) for d, r in zip(drafts, requests, strict=True)]
+        lengths = [min(p.length, r.max_k) for p, r in zip(proposals, requests, strict=True)]
         costs = self._costs.costs(n, len(names) * self._width)
         rates = accounts.rates(names)
         limits = accounts.limits(names, lengths, n, costs)
         ks = allot(survival, rates, limits, n, costs)
+        if self._unseen is not None:
+            ks = self._unseen.amend(ks, limits)
+            self._ahead_of.decided(names, ks)
         self._batch = _Batch(n, names, survival, lengths, rates, ks)
         self._ahead_for -= 1
         return [r.decisions[k] for r, k in zip(requests, ks, strict=True)]
@@ -182,13 +209,22 @@ class Marginal(Policy):
         self._others = n - len(parts)
         self._mode.judge.learn(parts)
         idle = self._small if self._mode is self._large else self._large
-        idle.judge.follow(parts)
+        if idle.judge is not self._mode.judge:
+            idle.judge.follow(parts)
         if step.decode and step.seconds is not None:
             drafts = sum([part.drafted for part in step.requests])
             self._costs.observe(n + drafts, step.seconds, step.passes)
             if parts:
                 cost = self._costs.cost(n, drafts, step.passes)
                 self._mode.accounts.charge(parts, cost, n, drafts)
+
+    def _go_without_seeing(self) -> None:
+        """From now on judge drafts that are not shown: an engine shows all or none."""
+        self._unseen = Unseen(self._width)
+        self._counts.late = True
+        judge = self._ahead_of if self.settings.search_max else self._counts
+        self._small = self._small._replace(judge=judge)
+        self._large = self._large._replace(judge=self._counts, looks=1)
 
     def lookahead(self, request_ids: Sequence[str]) -> int:
         """Return how far to draft for the whole batch; see `Drafting`."""
@@ -200,18 +236,28 @@ class Marginal(Policy):
 
     def _draft_length(self) -> int:
         at = self._batch
-        drafted = np.array(at.lengths) > 0
+        here = [name for name in at.names if name in self._requests]
+        one_pass = at.requests * self._costs.pass_cost(at.requests)
+        if not here:
+            return 1 if self._unseen else self._drafting.length(one_pass)
+        rows = [row for row, name in enumerate(at.names) if name in self._requests]
+        most: Sequence[int] = [self._requests[name].max_k for name in here]
+        costs = self._costs.costs(at.requests, len(here) * self._width)
+        delay = at.requests * (costs - 1.0)
+        survival = self._mode.judge.prolonged(at.survival, at.lengths)[rows]
+        if self._unseen is not None:  # a draft that could not be borne is not made
+            most = self._mode.accounts.limits(here, most, at.requests, costs)
+        worth = np.where(
+            np.arange(self._width) < np.array(most)[:, None],
+            survival / np.array(at.rates)[rows, None],
+            0.0,
+        )
+        if self._unseen is not None:
+            return self._unseen.length(worth, delay, one_pass)
+        drafted = np.array(at.lengths)[rows] > 0
         if drafted.any():
-            survival = self._mode.judge.prolonged(at.survival, at.lengths)
-            caps = np.array(
-                [self._requests[name].max_k if name in self._requests else 0 for name in at.names]
-            )
-            worth = np.where(
-                np.arange(self._width) < caps[:, None], survival / np.array(at.rates)[:, None], 0.0
-            )[drafted]
-            delay = at.requests * (self._costs.costs(at.requests, worth.size) - 1.0)
-            self._drafting.consider(worth, delay)
-        return self._drafting.length(at.requests * self._costs.pass_cost(at.requests))
+            self._drafting.consider(worth[drafted], delay)
+        return self._drafting.length(one_pass)
 
     def explain(self, request_id: str) -> Expectation | None:
         """Return what is expected of the step; lambda, survival, and the cost of each K.
