@@ -49,6 +49,7 @@ MARGINAL = (
     "test_drafters",
     PROPERTIES,
     "test_marginal",
+    "test_unseen",
     "test_spec",
 )
 TESTS: dict[str, tuple[str, ...]] = {
@@ -56,8 +57,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core/baseline": ("test_utility", "test_cascade_rules", PINNED, "test_cascade"),
     "core/policies": ("test_cascade_rules", PINNED, "test_cascade", "test_controller", "test_spec"),
     "core/peers": ("test_peers_rules", "test_spec", "test_baselines", PROPERTIES),
-    "core/cost": ("test_cost", PINNED, "test_marginal", "test_baselines"),
+    "core/cost": ("test_cost", PINNED, "test_marginal", "test_unseen", "test_baselines"),
     "core/marginal": MARGINAL,
+    "core/ngram": ("test_drafters", "test_unseen", "test_replay"),
     "core/step": ("test_spec", "test_cascade_rules", "test_baselines", "test_acceptance"),
     "core": ("test_spec", "test_controller", "test_baselines", "test_cascade_rules", "test_http"),
 }

@@ -210,6 +210,17 @@ def stop_engine(engine: Engine) -> None:
 
 
 @pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the models of `tests.tiny`."""
+    from moecascade import localmodel
+    from tests import tiny
+
+    folder = tmp_path_factory.mktemp("tiny") / "models"
+    tiny.build(folder, localmodel.ensure("draft"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ngram_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """vLLM with the plugin and n-gram drafting."""
     engine = make_engine(tmp_path_factory.mktemp("ngram") / "steps.jsonl", NGRAM)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecascade import localmodel
 from tests import matrix, tiny
 
 NAMES = [
@@ -32,13 +31,12 @@ PASSES = {  # which are told how far to draft
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def seen(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the engines did; both runners at once, each in a process with one thread."""
     folder = tmp_path_factory.mktemp("matrix")
-    tiny.build(folder / "models", localmodel.ensure("draft"))
     running = {}
     for runner, *modes in (("first",), ("second", "sync"), ("second", "async")):
-        command = [sys.executable, "-m", "tests.matrix", str(folder / "models"), runner, *modes]
+        command = [sys.executable, "-m", "tests.matrix", str(tiny_models), runner, *modes]
         name = " ".join([runner, *modes])
         log = (folder / f"{name}.log").open("w")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
@@ -54,7 +52,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 case = json.loads(line)
                 found[case.pop("case")] = case
         found[f"{name} log"] = (folder / f"{name}.log").read_text()[-3000:]
-    found["circles"] = json.loads((folder / "models" / tiny.CIRCLES).read_text())
+    found["circles"] = json.loads((tiny_models / tiny.CIRCLES).read_text())
     return found
 
 

@@ -23,23 +23,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from moecascade import localmodel, policies
+from moecascade import policies
 from moecascade.core import registry
 from moecascade.policies import register
-from tests import tiny
 from tests.policies import RandomK
 
 MAX_K = 4
 BLOCK, BLOCKS = 32, 8
 SPECS = ["off", f"static:{MAX_K}", "random", "cascade"]
 CHANCE = st.randoms(use_true_random=False)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    tiny.build(folder / "models", localmodel.ensure("draft"))
-    return folder / "models"
 
 
 @pytest.fixture(autouse=True)
@@ -255,11 +247,11 @@ class Engine(RuleBasedStateMachine):
 
 
 @pytest.mark.engine
-def test_requests_come_and_go_in_any_order(models: Path) -> None:
+def test_requests_come_and_go_in_any_order(tiny_models: Path) -> None:
     """At least 2,000 steps: 200 lives of an engine, each of up to 40 acts of up to 8 steps."""
     from hypothesis.stateful import run_state_machine_as_test
 
-    Engine.models = models
+    Engine.models = tiny_models
     run_state_machine_as_test(
         Engine,
         settings=settings(
