@@ -252,6 +252,21 @@ def test_what_is_filled_up_is_paid_for() -> None:
     assert sum(o.time for o in paid) > 1.1 * sum(o.time for o in found)
 
 
+def test_what_a_step_takes_without_drafts_is_measured_where_the_drafter_is_told_nothing() -> None:
+    """Were K always the same, nothing could tell a slow machine from dear drafts."""
+    policy = create("marginal", 4, {"experts": 1, "top_k": 1})
+    policy.add("r", 4)
+    ks = []
+    for _ in range(600):
+        k = policy.decide([Proposal("r", unseen=4)])[0].k
+        ks.append(k)
+        part = RequestStep("r", k, k + 1, [1] * (k + 1), k)  # all right, and cheap
+        policy.observe(Step(0.02 * (1 + 0.01 * k), True, (part,)))
+    assert ks.count(4) > 560
+    assert 5 <= ks.count(0) <= 12
+    assert 0 in ks[256:]
+
+
 def test_now_and_then_it_looks_further_and_does_without() -> None:
     unseen = Unseen(4)
     worth, delay = np.full((1, 4), 0.3), np.array([0.0, 0.1, 0.2, 0.9, 2.0])

@@ -97,6 +97,12 @@ class Unseen:
         self._steps = 0
         self.further = self.bare = False
 
+    def turn(self) -> None:
+        """A step is planned: say whether something is to be seen. `length` does it as well."""
+        self._steps += 1
+        self.bare = self._steps % BARE_EVERY == 0 or self._steps in BARE_FIRST
+        self.further = self._steps % LOOK_EVERY == 1
+
     def length(self, worth: Array, delay: Array, pass_delay: float) -> int:
         """Return how many tokens to draft, at least 1.
 
@@ -105,9 +111,7 @@ class Unseen:
             delay: As for `surplus_of`.
             pass_delay: Steps by which one pass of the drafter delays the requests together.
         """
-        self._steps += 1
-        self.bare = self._steps % BARE_EVERY == 0 or self._steps in BARE_FIRST
-        self.further = self._steps % LOOK_EVERY == 1
+        self.turn()
         if self.bare:
             return 1
         gains = [surplus_of(worth, delay, k + 1) - pass_delay * k for k in range(self._max_k)]

@@ -162,6 +162,7 @@ class Marginal(Policy):
         self._batch = _Batch()
         self._others = 0  # requests under other policies in the last step
         self._drafting = Drafting(width)
+        self._asked = False  # whether the drafter is told how far to draft
         self._ahead = 0  # tokens that a model is to draft
         self._ahead_for = 0  # decisions for which that still holds
 
@@ -196,6 +197,8 @@ class Marginal(Policy):
         limits = accounts.limits(names, lengths, n, costs)
         ks = allot(survival, rates, limits, n, costs)
         if self._unseen is not None:
+            if not self._asked and judge is self._counts:
+                self._unseen.turn()
             ks = self._unseen.amend(ks, limits)
             self._ahead_of.decided(names, ks)
         self._batch = _Batch(n, names, survival, lengths, rates, ks)
@@ -227,7 +230,8 @@ class Marginal(Policy):
         self._large = self._large._replace(judge=self._counts, looks=1)
 
     def lookahead(self, request_ids: Sequence[str]) -> int:
-        """Return how far to draft for the whole batch; see `Drafting`."""
+        """Return how far to draft for the whole batch; see `Drafting` and `Unseen`."""
+        self._asked = True
         if self._ahead_for <= 0:
             self._ahead_for = self._mode.looks
             self._ahead = self._draft_length()
