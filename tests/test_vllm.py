@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -198,7 +199,7 @@ def test_whatever_raises_in_the_plugin_costs_drafts_not_requests(
 ) -> None:
     reference = engine.generate(PROMPTS[:2], policy("off"))
     faults = engine.scheduler.cascade_faults
-    for name in ("observe", "decide", *["lookahead"] * engine.scheduler._drafts_cost):
+    for name in ("observe", "decide", *["lookahead"] * engine.scheduler._drafter.one_by_one):
         before = faults.total()
 
         def broken(*_: Any) -> Any:
@@ -276,7 +277,8 @@ def test_drafts_that_are_filled_up_are_verified_as_far_as_they_were_found(
     outputs, steps = engine.generate_logged(PROMPTS, policy("static:8"))
     assert outputs == reference
     assert drafted(steps) > 1.3 * plain  # it would verify what nobody found
-    monkeypatch.setattr(engine.scheduler, "_fills_up", True)
+    padding = dataclasses.replace(engine.scheduler._drafter, pads=True)
+    monkeypatch.setattr(engine.scheduler, "_drafter", padding)
     outputs, steps = engine.generate_logged(PROMPTS, policy("static:8"))
     assert outputs == reference
     # Where the text ends alike, a fill cannot be told from a find (here 280 against 264).

@@ -51,14 +51,14 @@ class Drafter:
     Attributes:
         max_k: The longest draft that the engine can verify.
         one_by_one: Whether each token costs a forward pass, and it makes no more than it is told.
-        searches: Whether it looks for the draft in the text, and may find nothing.
+        gaps: Whether -1 stands for what a search did not find; else it means that nobody tells.
         pads: Whether drafts are filled up with the text's last token: see `compat.without_fill`.
         counted_late: Whether what drafting takes falls into the time of the step after.
     """
 
     max_k: int
     one_by_one: bool = False
-    searches: bool = False
+    gaps: bool = False
     pads: bool = False
     counted_late: bool = False
 
@@ -77,7 +77,7 @@ def drafter(config: VllmConfig) -> Drafter:
     return Drafter(
         max_k=max_k(config),
         one_by_one=_how(speculative, second) is Drafts.ONE_BY_ONE and not _in_step(config),
-        searches=speculative.method in SEARCHES,
+        gaps=speculative.method == "ngram_gpu" and not second,
         pads=second and speculative.method in SEARCHES,
         # The second runner hands the tokens over before it drafts (0.32: `sample_tokens`).
         counted_late=second,

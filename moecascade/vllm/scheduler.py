@@ -256,7 +256,7 @@ class SyncScheduler(Scheduler):
         if self._draftless:
             return []
         found = compat.found(draft)
-        if draft and not found and (self._drafter.pads or not self._drafter.searches):
+        if draft and not found and not self._drafter.gaps:
             self._report("drafts", "vLLM's worker does not tell them, so none is verified")
         if found and self._drafter.pads:
             found = compat.without_fill(found, request.all_token_ids)
