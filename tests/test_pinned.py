@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Scene:
         others: Requests of other policies in every step.
         uneasy: Whether the machine pauses at times, and becomes slower half-way.
         unseen: Whether K is decided one step early, without seeing the draft.
+        filled: Whether what was not found is filled up then, and paid for.
     """
 
     requests: int
@@ -47,7 +48,8 @@ class Scene:
     slope: float = 0.12
     others: int = 0
     uneasy: bool = False
-    unseen: bool = False
+    unseen: bool = field(default=False, repr=False)
+    filled: bool = field(default=True, repr=False)
 
 
 SCENES = {
@@ -62,6 +64,8 @@ SCENES = {
     "a model drafts for some": Scene(3, passes=True, slope=0.03),
     "uneasy machine": Scene(2, uneasy=True),
     "unseen": Scene(1, unseen=True),
+    "unseen, as far as found": Scene(1, unseen=True, filled=False),
+    "unseen, seldom right": Scene(1, right=0.3, slope=0.05, unseen=True, filled=False),
     "unseen, for some": Scene(3, slope=0.05, unseen=True),
     "unseen crowd": Scene(11, slope=0.1, unseen=True),
     "a model drafts unseen": Scene(1, passes=True, slope=0.05, unseen=True),
@@ -112,7 +116,7 @@ def proposals(scene: Scene, drafts: dict[str, list[int]], ahead: int) -> list[Pr
     """Return what a policy is told of drafts; one that is not seen is filled up, and paid for."""
     if not scene.unseen:
         return [Proposal(name, draft) for name, draft in drafts.items()]
-    if not scene.passes:
+    if scene.filled and not scene.passes:
         for draft in drafts.values():
             draft.extend([599] * (MAX_K - len(draft)))
     return [Proposal(name, unseen=ahead if scene.passes else MAX_K) for name in drafts]
@@ -173,7 +177,7 @@ def played(name: str, scene: Scene) -> dict[str, Any]:
     sums = dict.fromkeys(("utility", "tokens", "seconds", "lambda", "lost"), 0.0)
     settings = {"experts": 8, "top_k": 2} if name == "marginal" else {}
     if settings and scene.unseen and not scene.passes:
-        settings |= {"search_min": 2, "search_max": 2, "filled": True}
+        settings |= {"search_min": 2, "search_max": 2, "filled": scene.filled}
     for decided in play(create(name, MAX_K, settings), scene, 300):
         for request_id, k, expected in decided:
             ks[request_id] = ks.get(request_id, "") + str(k)
