@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,6 +271,65 @@ def test_model_drafters_are_served_as_vllm_serves_them(
         given = ["--speculative-config", json.dumps(drafter)]
         planned = command.plan("model", given, policy=policy)
         assert ("--no-async-scheduling" in planned.command) == switch, policy
+
+
+EAGLE = {"method": "eagle3", "model": "m", "num_speculative_tokens": 5}
+
+
+def speculative(planned: command.Launch) -> dict[str, Any]:
+    """Return the speculative configuration of a command, which it has once."""
+    flag = "--speculative-config"
+    assert planned.command.count(flag) == 1
+    found: dict[str, Any] = json.loads(planned.command[planned.command.index(flag) + 1])
+    return found
+
+
+def test_graphs_are_captured_for_a_ladder_of_draft_lengths(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "vllm_runs_on_cpu", lambda: False)
+    given = ["--seed", "1", "-sc", json.dumps(EAGLE)]
+    planned = command.plan("model", given)
+    table = [[1, 1, 5], [2, 2, 3], [3, 3, 2], [4, 4, 1], [5, 5, 0]]
+    key = "num_speculative_tokens_per_batch_size"
+    assert speculative(planned) == {**EAGLE, key: table}
+    assert planned.command[-2:] == ("--seed", "1")
+    for ladder, lengths in (((0, 3, 8), [8, 3, 0]), ((1,), [8, 1])):
+        found = speculative(command.plan("model", ladder=ladder))[key]
+        assert found == [[i, i, k] for i, k in enumerate(lengths, 1)]
+    assert key in speculative(command.plan("model"))
+    own = {**EAGLE, key: [[1, 8, 2]]}
+    kept = command.plan("model", ["-sc", json.dumps(own)], ladder=(1,)).command
+    assert kept[-2:] == ("-sc", json.dumps(own))
+    assert "--speculative-config" not in kept
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--enforce-eager"],
+        ["--data-parallel-size", "2"],
+        ["--max-num-seqs", "4"],
+        ["--speculative-config", '{"method": "medusa", "num_speculative_tokens": 3}'],
+        ["--spec-method", "ngram", "--spec-tokens", "4"],
+    ],
+)
+def test_no_table_is_written_where_vllm_captures_none(
+    given: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(machine, "vllm_runs_on_cpu", lambda: False)
+    assert "per_batch_size" not in " ".join(command.plan("model", given).command)
+    monkeypatch.setattr(machine, "vllm_runs_on_cpu", lambda: True)
+    assert "per_batch_size" not in " ".join(command.plan("model").command)
+
+
+def test_a_ladder_that_cannot_be_is_refused(folder: str, cli: Callable[..., Answer]):
+    shown = cli("serve", folder, "--ladder", "0,9", "--dry-run")
+    assert (shown.returncode, "K = 9 is not from 0 to 8" in shown.stderr) == (2, True)
+    shown = cli("serve", folder, "--ladder", "1,2", "--max-num-seqs", "2", "--dry-run")
+    assert (shown.returncode, "need --max-num-seqs 3" in shown.stderr) == (2, True)
+    shown = cli("serve", folder, "--ladder", "few", "--dry-run")
+    assert (shown.returncode, "whole numbers with commas" in shown.stderr) == (2, True)
+    shown = cli("serve", folder, "--ladder", "0,2", "--dry-run")
+    assert "[[1,1,8],[2,2,2],[3,3,0]]" in shown.stdout
 
 
 def test_the_last_of_several_values_counts():

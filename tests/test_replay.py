@@ -254,3 +254,85 @@ def test_the_table_fits_and_cuts_no_name(
     for spec in specs:
         assert [line for line in lines if line.strip().startswith(f"{spec} ")], spec
     assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout
+
+
+# ---- drafts that were recorded -------------------------------------------------------------------
+
+
+def recorded(right: Sequence[int], length: int = 400, counts: bool = False) -> Trace:
+    """A request of whose drafts of 8 tokens so many are right, in turn."""
+    output = tuple(range(1, length + 1))
+    drafts: list[tuple[int, ...] | int] = []
+    for out in range(1, length):
+        n = right[out % len(right)]
+        drafts.append(n if counts else (*output[out : out + n], *[999_999] * (8 - n))[:8])
+    return Trace("r", "model", (0,), output, tuple(drafts))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("counts", [False, True])
+def test_recorded_drafts_cost_a_pass_a_token(late: bool, counts: bool) -> None:
+    traces = [recorded([8], counts=counts)]
+    conditions = ReplayConditions(MIXTRAL_LIKE, recorded=True, pass_cost=0.1, late=late)
+    for k in (1, 3, 8):
+        found = summarise(play(traces, f"static:{k}", conditions))
+        expected = (k + 1) * 1.1 / (MIXTRAL_LIKE[k] + 0.1 * k)
+        assert found.speedup == pytest.approx(expected, rel=0.06)
+    assert summarise(play(traces, "off", conditions)).speedup == 1.0
+
+
+def test_wrong_drafts_are_paid_for() -> None:
+    conditions = ReplayConditions(MIXTRAL_LIKE, recorded=True, pass_cost=0.1)
+    found = summarise(play([recorded([0])], "static:3", conditions))
+    assert found.speedup == pytest.approx(1.1 / (MIXTRAL_LIKE[3] + 0.3), rel=0.02)
+    assert found.etr == 1.0
+
+
+def test_a_model_drafts_as_many_as_it_is_told_one_step_before() -> None:
+    """`marginal` drafts long where drafts are right, and one token where they are not."""
+    conditions = ReplayConditions(MIXTRAL_LIKE, recorded=True, pass_cost=0.1)
+    good = summarise(play([recorded([8], 2000)], "marginal", conditions))
+    bad = summarise(play([recorded([0], 2000)], "marginal", conditions))
+    assert good.speedup > 0.9 * 9 * 1.1 / (MIXTRAL_LIKE[8] + 0.8)
+    assert bad.speedup > 0.97
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_oracle_knows_recorded_drafts_and_what_passes_cost(batch: int) -> None:
+    rng = random.Random(5)
+    traces = [recorded(rng.choices(range(9), k=40)) for _ in range(4)]
+    conditions = ReplayConditions(MIXTRAL_LIKE, recorded=True, pass_cost=0.1, batch=batch)
+    found = {
+        spec: summarise(play(traces, spec, conditions)).speedup
+        for spec in ("oracle", "static:1", "static:3", "static:8", "cascade", "marginal", "off")
+    }
+    assert max(found.values()) == found["oracle"]
+    assert found["oracle"] > 1.02 * max(v for spec, v in found.items() if spec != "oracle")
+
+
+def test_places_without_a_draft_go_on_without(tmp_path: Path) -> None:
+    trace = Trace("r", "t", (0,), tuple(range(1, 50)), ((2, 3), (), 3))
+    (outcome,) = play([trace], "static:4", ReplayConditions(FREE, recorded=True))
+    # Two right of the first; with four tokens out there is none any more.
+    assert (outcome.tokens, outcome.drafted) == (48, 2)
+
+
+def test_drafts_are_read_from_traces(tmp_path: Path, cli: Callable[..., Answer]) -> None:
+    path = tmp_path / "t.jsonl"
+    row = {"id": "a", "task": "t", "prompt_token_ids": [1], "output_token_ids": [1, 2, 3, 4, 5]}
+    path.write_text(json.dumps({**row, "drafts": [[2, 3], 1, [], [9]]}) + "\n")
+    (trace,) = traces.read([path])
+    assert trace.drafts == ((2, 3), 1, (), (9,))
+    shown = cli("replay", path, "--drafter", "recorded", "--pass-cost", "0.1", "--late", "--json")
+    assert shown.returncode == 0
+    for wrong in (-1, "x", [-1], [[1]], True, None):
+        path.write_text(json.dumps({**row, "drafts": [wrong]}) + "\n")
+        with pytest.raises(ConfigError, match="drafts"):
+            list(traces.read([path]))
+    path.write_text(json.dumps(row) + "\n")
+    shown = cli("replay", path, "--drafter", "recorded")
+    assert (shown.returncode, "record --drafter" in shown.stderr) == (2, True)
+    shown = cli("replay", path, "--pass-cost", "0.1")
+    assert (shown.returncode, "has no passes" in shown.stderr) == (2, True)
+    shown = cli("replay", path, "--drafter", "eagle")
+    assert (shown.returncode, "ngram, recorded" in shown.stderr) == (2, True)

@@ -16,6 +16,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moecascade.cli.numbers import numbers
 from moecascade.core import registry
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError
@@ -28,9 +29,10 @@ from moecascade.replay.player import (
     play,
     summarise,
 )
-from moecascade.telemetry import traces as recorded
+from moecascade.telemetry import traces as trace_files
 from moecascade.telemetry.traces import Trace
 
+DRAFTERS = ("ngram", "recorded")
 COSTS = ",".join(f"{time:g}" for time in MIXTRAL_LIKE)
 NOTES = (
     "Speed-up over no speculation, time in baseline steps; worst and 5th percentile: of single "
@@ -45,13 +47,26 @@ def replay(
     policies: Annotated[
         str, typer.Option(metavar="SPECS", help="Policies to compare; 'oracle' knows each match.")
     ] = "off,static:1,static:3,static:8,cascade,marginal,oracle",
-    drafter: Annotated[str, typer.Option(help="Only 'ngram' so far.")] = "ngram",
+    drafter: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="ngram: found in the text; recorded: those in the traces, of a model.",
+        ),
+    ] = "ngram",
     ngram_min: Annotated[int, typer.Option(metavar="N", help="Least length of a match.")] = 2,
     ngram_max: Annotated[int, typer.Option(metavar="N", help="Greatest length of a match.")] = 4,
     max_k: Annotated[int, typer.Option(metavar="K", help="Longest draft.")] = 8,
     cost: Annotated[
         str, typer.Option(metavar="TIMES", help="Step time over the baseline, at K = 0, 1, ...")
     ] = COSTS,
+    pass_cost: Annotated[
+        float,
+        typer.Option(
+            metavar="TIME",
+            help="Of one pass of the drafter, over the baseline; one is made in every step.",
+        ),
+    ] = 0.0,
     noise: Annotated[
         float, typer.Option(metavar="SIGMA", help="Of log-normal noise on each step's time.")
     ] = 0.05,
@@ -70,30 +85,52 @@ def replay(
     """Replay recorded requests under policies: no engine, thousands of requests a minute.
 
     A trace line holds `id`, `task`, `prompt_token_ids` and `output_token_ids`. The policies are the
-    same objects that serve in vLLM; drafts are those that vLLM's n-gram drafter would propose; a
-    step costs what the curve says.
+    same objects that serve in vLLM; drafts are those that vLLM's n-gram drafter would propose, or
+    those of a model that `record --drafter` wrote down; a step costs what the curve says, and each
+    pass of the model `--pass-cost`.
 
     For example:
 
         moecascade replay traces.jsonl
         moecascade replay traces.jsonl --policies static:2,cascade --cost 1,1.2,1.4 --max-k 2
         moecascade replay traces.jsonl --batch 8 --json
+        moecascade replay eagle.jsonl --drafter recorded --pass-cost 0.05 --late
     """
-    if drafter != "ngram":
-        raise ConfigError(f"unknown drafter {drafter!r}; allowed: ngram")
+    if drafter not in DRAFTERS:
+        raise ConfigError(f"unknown drafter {drafter!r}; allowed: {', '.join(DRAFTERS)}")
+    recorded = drafter == "recorded"
+    if pass_cost and not recorded:
+        raise ConfigError(
+            f"--pass-cost {pass_cost:g}: the drafter 'ngram' has no passes; add --drafter recorded"
+        )
     specs = [spec for spec in split(policies) if spec]
     if not specs:
         raise ConfigError(f"--policies {policies!r}: name at least one")
     for spec in specs:
         if spec != Oracle.name:
             registry.settings_for(spec, max_k)
-    costs = _curve(cost)
+    costs = numbers("--cost", cost, float)
     if cost == COSTS:  # nobody chose it: a shorter draft needs less of it
         costs = costs[: max_k + 1]
     conditions = ReplayConditions(
-        costs, noise, seed, max_k, ngram_min, ngram_max, batch, late=late, filled=filled
+        costs,
+        noise,
+        seed,
+        max_k,
+        ngram_min,
+        ngram_max,
+        batch,
+        late=late,
+        filled=filled,
+        recorded=recorded,
+        pass_cost=pass_cost,
     )
-    requests = list(recorded.read(traces))
+    requests = list(trace_files.read(traces))
+    if recorded and (bare := [trace.id for trace in requests if not trace.drafts]):
+        raise ConfigError(
+            f"{len(bare)} of {len(requests)} requests hold no drafts, {bare[0]!r} is the first; "
+            "record them: moecascade record --drafter eagle"
+        )
     if not any(len(trace.output) > 1 for trace in requests):
         raise ConfigError(
             f"no request with two tokens or more in {', '.join(map(str, traces))}; give a trace"
@@ -107,15 +144,6 @@ def replay(
         at_once = f", {batch} at once" if batch > 1 else ""
         console = Console()
         console.print(_table(found, f"{len(requests)} requests{at_once}", console))
-
-
-def _curve(text: str) -> list[float]:
-    try:
-        return [float(value) for value in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"cost {text!r}: give numbers with commas between, such as {COSTS}"
-        ) from None
 
 
 def _play(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moecascade.cli.numbers import numbers
 from moecascade.errors import ConfigError
 from moecascade.localmodel.locate import find_model
 from moecascade.serving import command, server
@@ -38,6 +39,14 @@ def serve(
             metavar="N",
             help="Longest draft of the default n-gram drafter "
             f"(by default {command.DRAFTER['num_speculative_tokens']}).",
+        ),
+    ] = None,
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,...",
+            help="Draft lengths for which vLLM captures whole CUDA graphs, '' for its own choice "
+            f"(by default {','.join(map(str, command.LADDER))} on a GPU).",
         ),
     ] = None,
     step_log: Annotated[
@@ -77,6 +86,7 @@ def serve(
         max_k=max_k,
         step_log=step_log,
         local_name=local_name,
+        ladder=None if ladder is None else numbers("--ladder", ladder, int),
     )
     if dry_run:
         print(planned)

@@ -4,7 +4,8 @@ Step time hardly depends on whose tokens are verified, so every decode step teac
 for p positions, a step of n requests and D drafts having n + D. Three things are told apart, each a
 class: the `Level` is the machine's present speed, which drifts within seconds and for all p alike;
 the `Shape` is how T grows with p, which changes slowly; `Passes` is what a model drafter adds to a
-step for each of its passes. `CostModel` puts them together, and policies read its `costs`.
+step for each of its passes. Where an engine has CUDA graphs for some steps only, `Loose` is what
+the others take longer. `CostModel` puts them together, and policies read its `costs`.
 
 The constants were swept in replay (`benchmarks/constants.py`): "flat" names the range in which the
 speed-up changed by less than half a percent: 40 recorded answers, most of a Mixtral 8x7B,
@@ -13,6 +14,7 @@ one request at a time.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from math import log2
 from typing import TypeVar
 
@@ -48,6 +50,7 @@ PAUSES = 3  # in a row; after them the machine has become slower (not seen in re
 FIRST_PASS = 0.1  # a pass before any was seen, in units of the prior, in which T(1) is 1
 PASS_BELIEF = 2.0  # measurements that this guess weighs as much as
 PASS_MEMORY = 100.0  # measurements after which one has faded
+LOOSE_LEARNING = 0.1  # part of a step's surprise that is taken for what a missing graph costs
 LEAST_LEFT = 0.5  # of the expected step: what passes can never be thought to have taken
 
 
@@ -207,19 +210,74 @@ class Passes:
         return max(time - self.cost * passes, LEAST_LEFT * target)
 
 
+class Loose:
+    """How much longer a step takes that the engine has no whole CUDA graph for.
+
+    It has them for steps whose requests all verify one draft length of a *ladder*. Told from the
+    shape, which is learnt at the same time, by what is above or below it where both kinds occur.
+
+    Args:
+        ladder: The draft lengths; none where the engine makes no such difference.
+
+    Attributes:
+        factor: Time of such a step over one of as many positions that has its graph, at least 1.
+    """
+
+    def __init__(self, ladder: Sequence[int]) -> None:
+        """Start without a difference."""
+        self.ladder = frozenset(ladder)
+        self.factor = 1.0
+        self._share = 0.5  # of steps that are loose, lately
+
+    def of(self, ks: Sequence[int]) -> float:
+        """Return the factor of a step that verifies so many drafts of its requests."""
+        return 1.0 if not self.ladder or self._fits(ks) else self.factor
+
+    def split(self, time: float, target: float, ks: Sequence[int]) -> float:
+        """Learn from a step; return what it would have taken with a graph.
+
+        Args:
+            time: Units that it took.
+            target: Units that it was expected to take with a graph.
+            ks: Drafts that it verified of its requests.
+        """
+        if not self.ladder:
+            return time
+        loose = not self._fits(ks)
+        left = time / self.of(ks)
+        self._share += LOOSE_LEARNING * (loose - self._share)
+        surprise = min(max(left / target, 1.0 / LEAP), LEAP)
+        self.factor = max(1.0, self.factor * surprise ** (LOOSE_LEARNING * (loose - self._share)))
+        return left
+
+    def _fits(self, ks: Sequence[int]) -> bool:
+        return ks[0] in self.ladder and len(set(ks)) == 1
+
+
 class CostModel:
-    """Seconds of a step by positions: level times (shape + passes).
+    """Seconds of a step by positions: level times (shape, longer where it is loose, + passes).
 
     Args:
         experts: Routed experts a layer, which give the prior its shape; 1 for a dense model.
         top_k: Experts that a token is routed to; 1 for a dense model.
+        ladder: See `Loose`.
     """
 
-    def __init__(self, experts: int = 8, top_k: int = 2) -> None:
+    def __init__(self, experts: int = 8, top_k: int = 2, ladder: Sequence[int] = ()) -> None:
         """Start from the prior alone."""
         self._experts, self._top_k = experts, top_k
         self._level = Level()
+        self._loose = Loose(ladder)
         self._begin()
+
+    @property
+    def ladder(self) -> Collection[int]:
+        """Draft lengths for which the engine has whole CUDA graphs."""
+        return self._loose.ladder
+
+    def factor(self, ks: Sequence[int]) -> float:
+        """Return what a step with these drafts takes, over what `costs` say."""
+        return self._loose.of(ks) / self._loose.of((0,))
 
     def _begin(self) -> None:
         """Forget the shape that was measured, and passes."""
@@ -228,28 +286,38 @@ class CostModel:
         self._read: Array | None = None  # the curve that `_costs` are of
         self._costs: dict[int, Array] = {}  # by requests
 
-    def observe(self, positions: int, seconds: float, passes: int = 0) -> None:
-        """Learn from a decode step, at whose end a drafter made `passes` (`Step.passes`)."""
-        level = self._level
+    def observe(
+        self, positions: int, seconds: float, passes: int = 0, ks: Sequence[int] = (0,)
+    ) -> None:
+        """Learn from a decode step.
+
+        Args:
+            positions: That it computed.
+            seconds: That it took.
+            passes: That a drafter made at its end (`Step.passes`).
+            ks: Drafts that it verified of its requests.
+        """
+        level, factor = self._level, self._loose.of(ks)
         target = self._expected(positions)
-        expected = target + self._passes.cost * passes
+        expected = target * factor + self._passes.cost * passes
         if self._shape.steps < SETTLED and level.fell(seconds, expected):
             # What came before was slow for reasons of its own: another program, code compiled,
             # memory touched for the first time. Nothing of it says what drafts cost.
             self._begin()
             target = self._expected(positions)
-            expected = target + self._passes.cost * passes
+            expected = target * factor + self._passes.cost * passes
         surprise = level.surprise(seconds, expected)
         if surprise is None or level.unit is None:
             return
-        self._shape.learn(
-            positions, self._passes.split(seconds / level.unit, target, passes, positions)
-        )
+        took = self._passes.split(seconds / level.unit, target * factor, passes, positions)
+        self._shape.learn(positions, self._loose.split(took, target, ks))
         if self._shape.steps > FIRST:
             level.follow(surprise)
 
     def costs(self, requests: int, most: int) -> Array:
         """Return T(n + D) / T(n), never below 1, for 0, 1, ..., at least `most` drafts D.
+
+        Both with a graph of their own or both without; else see `factor`.
 
         Args:
             requests: Requests in the batch, n.
@@ -264,19 +332,19 @@ class CostModel:
             known = self._costs[requests] = np.maximum(1.0, times / times[0])
         return known
 
-    def cost(self, requests: int, drafts: int, passes: int = 0) -> float:
-        """Return the time of a step with drafts, and passes, over one without."""
-        cost = float(self.costs(requests, drafts)[drafts])
+    def cost(self, requests: int, drafts: int, passes: int = 0, ks: Sequence[int] = (0,)) -> float:
+        """Return the time of a step with drafts and passes over one without."""
+        cost = float(self.costs(requests, drafts)[drafts]) * self.factor(ks)
         return cost + passes * self.pass_cost(requests) if passes else cost
 
     def pass_cost(self, requests: int) -> float:
         """Return the time of one pass of the drafter over T(n), a step without drafts."""
-        return self._passes.cost / self._expected(requests)
+        return self._passes.cost / (self._expected(requests) * self._loose.of((0,)))
 
-    def seconds(self, positions: int, passes: int = 0) -> float | None:
+    def seconds(self, positions: int, passes: int = 0, ks: Sequence[int] = (0,)) -> float | None:
         """Return the time of a step; None before the first."""
         unit = self._level.unit
-        expected = self._expected(positions) + self._passes.cost * passes
+        expected = self._expected(positions) * self._loose.of(ks) + self._passes.cost * passes
         return None if unit is None else unit * expected
 
     def _expected(self, positions: int) -> float:

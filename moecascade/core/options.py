@@ -35,6 +35,7 @@ class ServerOptions:
         step_log: File to write a line a step to (schema `telemetry.step_log`), or "" for none.
         trace_log: File to write a line a request to (schema `telemetry.traces`), or "" for none.
         trace_tokens: Whether traces hold token ids. They are what users and model said.
+        trace_drafts: Whether traces hold what the drafter proposed, where drafts are seen.
     """
 
     policy: str = "marginal"
@@ -43,6 +44,7 @@ class ServerOptions:
     step_log: str = ""
     trace_log: str = ""
     trace_tokens: bool = False
+    trace_drafts: bool = False
 
     def settings_of(self, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of a policy: what is known of the model, and what is configured.

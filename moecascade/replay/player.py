@@ -28,6 +28,7 @@ from moecascade.telemetry.traces import Trace
 MIXTRAL_LIKE = (1.0, 1.35, 1.68, 1.95, 2.2, 2.4, 2.55, 2.7, 2.8)
 """Step times over the baseline with 0 to 8 drafts, much as the paper measured for Mixtral."""
 BASE_SECONDS = 0.02  # what a baseline step takes; policies see seconds
+WRONG = -1  # no token's id
 LONG = 100  # tokens of a request whose own speed-up counts for the worst and the 5th percentile
 
 
@@ -49,6 +50,10 @@ class ReplayConditions:
             scheduling has it. The oracle knows in time.
         filled: Whether drafts are filled up to K with tokens that are verified and paid for, as
             vLLM's second model runner does with what a search did not find.
+        recorded: Whether drafts are those that the traces hold, of a model that drafts, one pass a
+            token, as many as it is told; else they are found in the text.
+        pass_cost: Time of one of its passes, in baseline steps. It makes one in every step, whether
+            a draft is wanted or not, so speed-ups are over a step with that one.
     """
 
     costs: Sequence[float]
@@ -62,6 +67,8 @@ class ReplayConditions:
     top_k: int = 2
     late: bool = False
     filled: bool = False
+    recorded: bool = False
+    pass_cost: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values; ConfigError names the first that is wrong."""
@@ -79,6 +86,8 @@ class ReplayConditions:
             raise ConfigError(f"noise {self.noise} (--noise): give 0 or more")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed} (--seed): give 0 or more")
+        if not 0 <= self.pass_cost < math.inf:
+            raise ConfigError(f"pass cost {self.pass_cost} (--pass-cost): give 0 or more")
         if self.batch < 1:
             raise ConfigError(f"batch {self.batch}: give 1 or more")
         if not 1 <= self.ngram_min <= self.ngram_max:
@@ -97,6 +106,10 @@ class ReplayConditions:
         ends = [expert_union(p, self.experts, self.top_k) for p in (1, len(self.costs))]
         slope = (self.costs[-1] / self.costs[0] - 1.0) / (ends[1] - ends[0])
         return 1.0 + slope * (expert_union(positions, self.experts, self.top_k) - ends[0])
+
+    def drafting(self, tokens: int) -> float:
+        """Return the time of drafting so many tokens, in baseline steps."""
+        return self.pass_cost * max(1, tokens) if self.recorded else 0.0
 
 
 @dataclass(slots=True)
@@ -136,12 +149,39 @@ class Outcome:
         self.off += drafted == 0
 
 
+class RecordedDrafter:
+    """What a drafter proposed when the answer was recorded.
+
+    Args:
+        trace: The request.
+        max_k: Longest draft.
+    """
+
+    def __init__(self, trace: Trace, max_k: int) -> None:
+        self._trace = trace
+        self._max_k = max_k
+        self._out = 0
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Go on by what was generated."""
+        self._out += len(tokens)
+
+    def propose(self) -> list[int]:
+        """Return the draft for what follows; where only a number is known, wrong ones after it."""
+        at = self._out - 1
+        draft = self._trace.drafts[at] if at < len(self._trace.drafts) else ()
+        if isinstance(draft, int):
+            right = self._trace.output[self._out : self._out + min(draft, self._max_k)]
+            return [*right, *[WRONG] * (self._max_k - len(right))]
+        return list(draft[: self._max_k])
+
+
 @dataclass(slots=True)
 class _Running:
     """A request under way."""
 
     name: str
-    drafter: NgramDrafter
+    drafter: NgramDrafter | RecordedDrafter
     outcome: Outcome
     emitted: int = 1  # the first token comes with the prompt
     decided: int = 0  # K of its next step, where it is decided early
@@ -173,9 +213,10 @@ class Oracle(Policy):
 
     def __init__(self, traces: Sequence[Trace], conditions: ReplayConditions) -> None:
         super().__init__(conditions, conditions.max_k)
+        self.settings: ReplayConditions
         self._traces = traces
-        self._cost = conditions.cost
         self._emitted: dict[str, int] = {}
+        self._next: dict[str, int] = {}  # tokens out after the step just decided
 
     def add(self, request_id: str, max_k: int, prompt: Sequence[int] = ()) -> None:  # noqa: ARG002
         """Follow a request from its first token on."""
@@ -184,27 +225,56 @@ class Oracle(Policy):
     def drop(self, request_id: str) -> None:
         """Forget a request."""
         del self._emitted[request_id]
+        self._next.pop(request_id, None)
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Return the numbers of right tokens that make the tokens per time of this step highest."""
-        n = len(proposals)
-        right = [self._right(proposal) for proposal in proposals]
-        left = max(range(sum(right) + 1), key=lambda d: (n + d) / self._cost(n + d))
+        right = [self._right(p.request_id, p.tokens) for p in proposals]
         decisions = []
-        for proposal, most in zip(proposals, right, strict=True):
-            decisions.append(Decision(proposal.request_id, min(most, left), self.name))
-            left -= decisions[-1].k
+        for p, k in zip(proposals, self._best(right), strict=True):
+            decisions.append(Decision(p.request_id, k, self.name))
+            self._next[p.request_id] = self._emitted[p.request_id] + k + 1
         return decisions
+
+    def lookahead(self, request_ids: Sequence[str]) -> int:
+        """Return the longest draft that will be wanted at the next place of each."""
+        right = []
+        for name in request_ids:
+            trace, at = self._traces[int(name)], self._next.get(name, 1)
+            drafter = RecordedDrafter(trace, self.max_k)
+            drafter.extend(trace.output[:at])
+            right.append(matching_prefix(drafter.propose(), trace.output[at:-1]))
+        return max(self._best(right))
+
+    def _best(self, right: Sequence[int]) -> list[int]:
+        """Return how many tokens of each draft make the step's tokens per time highest.
+
+        Args:
+            right: How many of each draft's tokens are right.
+        """
+        n, c = len(right), self.settings
+
+        def admitted(left: int) -> list[int]:
+            ks = []
+            for most in right:
+                ks.append(min(most, left))
+                left -= ks[-1]
+            return ks
+
+        def rate(ks: Sequence[int]) -> float:
+            return (n + sum(ks)) / (c.cost(n + sum(ks)) + c.drafting(max(ks)))
+
+        return max(map(admitted, range(sum(right) + 1)), key=rate)
 
     def observe(self, step: Step) -> None:
         """Count what was emitted."""
         for part in step.requests:
             self._emitted[part.request_id] += part.emitted
 
-    def _right(self, proposal: Proposal) -> int:
-        at = self._emitted[proposal.request_id]
-        answer = self._traces[int(proposal.request_id)].output
-        return matching_prefix(proposal.tokens, answer[at : at + len(proposal.tokens)])
+    def _right(self, request_id: str, draft: Sequence[int]) -> int:
+        at = self._emitted[request_id]
+        answer = self._traces[int(request_id)].output
+        return matching_prefix(draft, answer[at : at + len(draft)])
 
 
 def make(
@@ -218,8 +288,8 @@ def make(
         return Oracle(traces, conditions)
     c = conditions
     facts = {"search_min": c.ngram_min, "search_max": c.ngram_max, "filled": c.filled}
-    name = parse(spec).name
-    return create(spec, c.max_k, {**applicable(name, facts), **(options or {})})
+    known = {} if c.recorded else applicable(parse(spec).name, facts)
+    return create(spec, c.max_k, {**known, **(options or {})})
 
 
 def play(
@@ -248,65 +318,100 @@ def play(
     random = np.random.default_rng(conditions.seed)
     waiting = [int(i) for i in random.permutation(len(traces)) if len(traces[i].output) > 1]
     waiting.reverse()
-    running: list[_Running] = []
+    engine = _Engine(policy, conditions)
     done: list[Outcome] = []
-    while waiting or running:
-        while waiting and len(running) < conditions.batch:
+    while waiting or engine.running:
+        while waiting and len(engine.running) < conditions.batch:
             i = waiting.pop()
-            running.append(_begin(str(i), traces[i], policy, conditions))
-        noise = float(np.exp(random.normal(0, conditions.noise)))
-        _step(running, policy, conditions, noise)
-        ended = [r for r in running if r.left == 0]
-        running = [r for r in running if r.left]
-        for r in ended:
-            policy.drop(r.name)
-            done.append(r.outcome)
-            tell(r.outcome.tokens)
+            engine.begin(str(i), traces[i])
+        engine.step(float(np.exp(random.normal(0, conditions.noise))))
+        for outcome in engine.ended():
+            done.append(outcome)
+            tell(outcome.tokens)
     return done
 
 
-def _begin(name: str, trace: Trace, policy: Policy, conditions: ReplayConditions) -> _Running:
-    """Start a request: its first token comes with the prompt, as in an engine with the prefill."""
-    c = conditions
-    drafter = NgramDrafter(trace.prompt, c.ngram_min, c.ngram_max, c.max_k, c.filled)
-    drafter.extend(trace.output[:1])
-    policy.add(name, c.max_k, trace.prompt)
-    if c.late:  # while the step runs that reads its prompt
-        (decision,) = policy.decide([Proposal(name, unseen=c.max_k)])
-    policy.observe(Step(None, False, (RequestStep(name, 0, 1, trace.output[:1], k=0),)))
-    return _Running(name, drafter, Outcome(trace), decided=decision.k if c.late else 0)
+class _Engine:
+    """The engine that is simulated.
 
+    Args:
+        policy: Who decides.
+        conditions: What it is like.
+    """
 
-def _step(
-    running: Sequence[_Running], policy: Policy, conditions: ReplayConditions, noise: float
-) -> None:
-    """Draft, decide, verify, emit, count, and show the policy what came of it."""
-    n, c = len(running), conditions
-    drafts = [r.drafter.propose()[: r.left - 1] for r in running]
-    if c.late:
-        ks = [r.decided for r in running]
-        proposals = [Proposal(r.name, unseen=min(c.max_k, max(0, r.left - 2))) for r in running]
-    else:
-        proposals = [Proposal(r.name, d) for r, d in zip(running, drafts, strict=True)]
-    decisions = policy.decide(proposals)
-    if c.late:
-        for r, decision, proposal in zip(running, decisions, proposals, strict=True):
-            r.decided = min(decision.k, proposal.unseen)
-    else:
-        ks = [decision.k for decision in decisions]
-    drafts = [draft[:k] for draft, k in zip(drafts, ks, strict=True)]
-    verified = [
-        min(k, r.left - 1) if c.filled else len(draft)
-        for r, k, draft in zip(running, ks, drafts, strict=True)
-    ]
-    time = c.cost(n + sum(verified)) * noise
-    parts = []
-    for r, k, draft, paid in zip(running, ks, drafts, verified, strict=True):
-        tokens = r.verify(draft)
-        r.drafter.extend(tokens)
-        r.outcome.add(paid, len(tokens), time, c.cost(n))
-        parts.append(RequestStep(r.name, paid, len(tokens), tokens, k if c.late else None))
-    policy.observe(Step(time * BASE_SECONDS, True, tuple(parts)))
+    def __init__(self, policy: Policy, conditions: ReplayConditions) -> None:
+        self._policy = policy
+        self._conditions = conditions
+        self._ahead = conditions.max_k  # tokens that the drafter makes at the end of a step
+        self.running: list[_Running] = []
+
+    def begin(self, name: str, trace: Trace) -> None:
+        """Start a request: its first token comes with the prompt, as in an engine."""
+        c, policy = self._conditions, self._policy
+        drafter = (
+            RecordedDrafter(trace, c.max_k)
+            if c.recorded
+            else NgramDrafter(trace.prompt, c.ngram_min, c.ngram_max, c.max_k, c.filled)
+        )
+        drafter.extend(trace.output[:1])
+        policy.add(name, c.max_k, trace.prompt)
+        decided = 0
+        if c.late:  # while the step runs that reads its prompt
+            (decision,) = policy.decide([Proposal(name, unseen=self._ahead)])
+            decided = decision.k
+        self._look_ahead([*(r.name for r in self.running), name])
+        policy.observe(Step(None, False, (RequestStep(name, 0, 1, trace.output[:1], k=0),)))
+        self.running.append(_Running(name, drafter, Outcome(trace), decided=decided))
+
+    def step(self, noise: float) -> None:
+        """Decide, verify, emit, draft, count, and show the policy what came of it."""
+        c, running, policy = self._conditions, self.running, self._policy
+        n, drafted = len(running), self._ahead
+        drafts = [r.drafter.propose()[: r.left - 1] for r in running]
+        if c.late:
+            ks = [r.decided for r in running]
+            room = [min(drafted, max(0, r.left - 2)) for r in running]
+            proposals = [Proposal(r.name, unseen=k) for r, k in zip(running, room, strict=True)]
+        else:
+            proposals = [
+                Proposal(r.name, draft[:drafted]) for r, draft in zip(running, drafts, strict=True)
+            ]
+        decisions = policy.decide(proposals)
+        if c.late:  # about the step after this one
+            for r, decision, most in zip(running, decisions, room, strict=True):
+                r.decided = min(decision.k, most)
+        else:
+            ks = [min(decision.k, drafted) for decision in decisions]
+        self._look_ahead([r.name for r in running])
+        made = drafted if c.late else self._ahead  # at the end of this step
+        drafts = [draft[:k] for draft, k in zip(drafts, ks, strict=True)]
+        verified = [
+            min(k, r.left - 1) if c.filled else len(draft)
+            for r, k, draft in zip(running, ks, drafts, strict=True)
+        ]
+        time = (c.cost(n + sum(verified)) + c.drafting(made)) * noise
+        plain = c.cost(n) + c.drafting(0)
+        parts = []
+        for r, k, draft, paid in zip(running, ks, drafts, verified, strict=True):
+            tokens = r.verify(draft)
+            r.drafter.extend(tokens)
+            r.outcome.add(paid, len(tokens), time, plain)
+            parts.append(RequestStep(r.name, paid, len(tokens), tokens, k if c.late else None))
+        passes = max(0, made - 1) if c.recorded else 0
+        policy.observe(Step(time * BASE_SECONDS, True, tuple(parts), passes))
+
+    def ended(self) -> list[Outcome]:
+        """Let the requests go that have ended, and return what happened to them."""
+        done = [r for r in self.running if not r.left]
+        self.running = [r for r in self.running if r.left]
+        for r in done:
+            self._policy.drop(r.name)
+        return [r.outcome for r in done]
+
+    def _look_ahead(self, names: Sequence[str]) -> None:
+        """Ask how far to draft, of a drafter that can be told."""
+        if self._conditions.recorded:
+            self._ahead = min(self._policy.lookahead(names), self._conditions.max_k)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,10 @@ DRAFTER: dict[str, Any] = {
 }
 """Speculative decoding where the user asks for none: copies from prompt and output, at most 8."""
 
+LADDER = (0, 1, 2, 3, 5, 8)
+"""Draft lengths for which vLLM captures whole CUDA graphs, beside the drafter's longest: each takes
+time at start and memory."""
+
 SCHEDULER = "moecascade.vllm.Scheduler"
 MIDDLEWARE = "moecascade.vllm.http.ValidateOptions"
 ANY_HOST = "0.0.0.0"  # noqa: S104 -- recognised, not bound
@@ -80,7 +84,9 @@ def plan(
     max_k: int | None = None,
     step_log: Path | None = None,
     trace_log: Path | None = None,
+    trace_drafts: bool = False,
     local_name: str | None = None,
+    ladder: Sequence[int] | None = None,
 ) -> Launch:
     """Return how to serve `model` with the plugin on.
 
@@ -91,26 +97,34 @@ def plan(
         max_k: Longest draft of the default drafter.
         step_log: File for the plugin's step log.
         trace_log: File for the plugin's traces, with token ids.
+        trace_drafts: Whether they hold what the drafter proposed, which it is then made to show.
         local_name: The name of our local model that lives in the folder `model`, if it is one.
+        ladder: Draft lengths for which vLLM is to capture whole CUDA graphs, none for its own
+            choice; None for `LADDER` where there are such graphs.
 
     Raises:
         ConfigError: An unknown policy or key, K out of range, options that contradict each other.
     """
     flags = Flags(arguments)
     ours: list[str] = []
+    table = _table(flags, max_k, ladder)
     if "speculative-config" in flags:
         if max_k is not None:
             raise ConfigError(
                 f"--max-k {max_k} sets the default drafter's length, but you chose a drafter "
                 'yourself; write "num_speculative_tokens" in its configuration instead'
             )
+        if table:
+            ours += ["--speculative-config", to_json({**drafter_of(flags), **table})]
+            arguments = _without(arguments, "speculative-config")
     else:
-        ours += ["--speculative-config", to_json(_drafter(max_k))]
+        ours += ["--speculative-config", to_json({**_drafter(max_k), **table})]
     is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
     if is_ours:
         _check_supported(flags)
-        ours += _scheduling(flags, arguments, policy)
-    ours += _plugin(flags, policy, max_k, {"step_log": step_log, "trace_log": trace_log})
+        ours += _scheduling(flags, arguments, policy, trace_drafts)
+    logs = {"step_log": step_log, "trace_log": trace_log}
+    ours += _plugin(flags, policy, max_k, logs, trace_drafts)
     return _launch(model, flags, [*ours, *arguments], local_name)
 
 
@@ -128,13 +142,15 @@ def _check_supported(flags: Flags) -> None:
         raise ConfigError(support.pipeline(size))
 
 
-def _size(flags: Flags, name: str) -> int:
-    """Return a number that a flag says, 1 where it says none."""
-    said = flags.value(name, "1")
-    return int(said) if said.isdecimal() else 1
+def _size(flags: Flags, name: str, otherwise: int = 1) -> int:
+    """Return a number that a flag says; what it is where it says none."""
+    said = flags.value(name)
+    return int(said) if said.isdecimal() else otherwise
 
 
-def _scheduling(flags: Flags, arguments: Sequence[str], policy: str | None) -> list[str]:
+def _scheduling(
+    flags: Flags, arguments: Sequence[str], policy: str | None, shown: bool
+) -> list[str]:
     """Return the flag that makes vLLM show drafts before they are verified, where that is better.
 
     A search of the text finds its drafts in no time, and what was found says much; a policy that
@@ -144,7 +160,7 @@ def _scheduling(flags: Flags, arguments: Sequence[str], policy: str | None) -> l
         if policy is not None and _asynchronous(arguments):
             check_unseen(policy)
         return []
-    looks = policy is not None and reads_drafts(policy)
+    looks = shown or (policy is not None and reads_drafts(policy))
     return (
         ["--no-async-scheduling"]
         if looks or drafter_of(flags).get("method") in drafters.SEARCHES
@@ -170,17 +186,7 @@ def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None =
     Raises:
         ConfigError: A ``--config`` file chooses a drafter.
     """
-    kept: list[str] = []
-    dropping = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            name, equals, _ = argument.partition("=")
-            dropping = Flags.canonical(name) == "speculative-config"
-            if dropping and equals:
-                dropping = False
-                continue
-        if not dropping:
-            kept.append(argument)
+    kept = _without(arguments, "speculative-config")
     flags = Flags(kept)
     if "speculative-config" in flags:
         raise ConfigError(
@@ -188,6 +194,67 @@ def plain(model: str, arguments: Sequence[str] = (), *, local_name: str | None =
             "without; name the drafter on the command line instead"
         )
     return _launch(model, flags, kept, local_name)
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """Return arguments without a flag, whichever spelling it has, and without its value."""
+    kept: list[str] = []
+    dropping = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, _ = argument.partition("=")
+            dropping = Flags.canonical(name) == flag
+            if dropping and equals:
+                dropping = False
+                continue
+        if not dropping:
+            kept.append(argument)
+    return kept
+
+
+def _table(flags: Flags, max_k: int | None, ladder: Sequence[int] | None) -> dict[str, Any]:
+    """Return what of a speculative configuration names the lengths to capture CUDA graphs for.
+
+    vLLM's table is meant to say a length for each batch size, which the plugin decides otherwise;
+    so each length stands for a batch size of its own.
+    """
+    key = "num_speculative_tokens_per_batch_size"
+    drafter = _drafter(max_k) if "speculative-config" not in flags else drafter_of(flags)
+    longest = drafter.get("num_speculative_tokens")
+    if ladder is None and not _captures(flags, str(drafter.get("method"))):
+        return {}
+    if key in drafter or not isinstance(longest, int) or (ladder is not None and not ladder):
+        return {}
+    chosen = LADDER if ladder is None else ladder
+    if wrong := [k for k in chosen if not 0 <= k <= longest and ladder is not None]:
+        raise ConfigError(
+            f"--ladder: K = {wrong[0]} is not from 0 to {longest}, the drafter's longest draft"
+        )
+    lengths = sorted({longest, *(k for k in chosen if k <= longest)}, reverse=True)
+    most = _size(flags, "max-num-seqs", len(lengths))
+    if len(lengths) > most:
+        if ladder is None:
+            return {}
+        raise ConfigError(
+            f"--ladder: {len(lengths)} draft lengths need --max-num-seqs {len(lengths)} or more, "
+            f"it is {most}: vLLM has one for each batch size at most"
+        )
+    return {key: [[size, size, k] for size, k in enumerate(lengths, 1)]}
+
+
+def _captures(flags: Flags, method: str) -> bool:
+    """Return whether vLLM captures whole CUDA graphs for several draft lengths, as far as one sees.
+
+    Its second runner does on a GPU, which it drops the table for where engines meet in each pass.
+    """
+    _, second = drafters.DRAFTERS.get(method, (None, drafters.Drafts.ALL))
+    return (
+        not machine.vllm_runs_on_cpu()
+        and second is not None
+        and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0"
+        and "enforce-eager" not in flags
+        and _size(flags, "data-parallel-size") == 1
+    )
 
 
 def _launch(model: str, flags: Flags, arguments: Sequence[str], local_name: str | None) -> Launch:
@@ -244,7 +311,11 @@ def _drafter(max_k: int | None) -> dict[str, Any]:
 
 
 def _plugin(
-    flags: Flags, policy: str | None, max_k: int | None, logs: Mapping[str, Path | None]
+    flags: Flags,
+    policy: str | None,
+    max_k: int | None,
+    logs: Mapping[str, Path | None],
+    trace_drafts: bool,
 ) -> list[str]:
     """Return the flags that switch the plugin on and configure it; check what was asked of it."""
     named = {f"--{name.replace('_', '-')}": path for name, path in logs.items()}
@@ -280,6 +351,8 @@ def _plugin(
     config |= {name: str(path.absolute()) for name, path in logs.items() if path is not None}
     if logs.get("trace_log") is not None:
         config["trace_tokens"] = True
+    if trace_drafts:
+        config["trace_drafts"] = True
     server_options({CONFIG_KEY: config}, longest)
     return [*switch, "--additional-config", to_json({CONFIG_KEY: config})] if config else switch
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from moecascade.core.options import CONFIG_KEY, ServerOptions
-from moecascade.core.step import Decision, Step
+from moecascade.core.step import Decision, Proposal, Step
 from moecascade.errors import ConfigError
 from moecascade.telemetry.step_log import StepLog
 from moecascade.telemetry.traces import TraceLog
@@ -64,7 +64,7 @@ class Recorder:
 
     def __init__(self, options: ServerOptions, on_fault: Callable[[str, str], None]) -> None:
         def traces(path: str) -> TraceLog:
-            return TraceLog(path, options.trace_tokens)
+            return TraceLog(path, options.trace_tokens, options.trace_drafts)
 
         self._steps = _Kept("step_log", options.step_log, StepLog, on_fault)
         self._traces = _Kept("trace_log", options.trace_log, traces, on_fault)
@@ -78,6 +78,10 @@ class Recorder:
     def begin(self, request_id: str, task: str, prompt: Sequence[int]) -> None:
         """A request begins."""
         self._traces(lambda log: log.begin(request_id, task, prompt))
+
+    def propose(self, proposals: Sequence[Proposal]) -> None:
+        """Record what the drafter proposes for the next step."""
+        self._traces(lambda log: log.propose(proposals))
 
     def step(
         self,

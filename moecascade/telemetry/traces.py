@@ -5,9 +5,11 @@ A trace is JSON Lines, one request a line:
     {"id": "code-1", "task": "code", "prompt_token_ids": [...], "output_token_ids": [...],
      "steps": [{"drafted": 3, "emitted": 2, "seconds": 0.031}, ...]}
 
-``steps`` are those of the engine that it was recorded on, and may be missing. A log of live traffic
-(`TraceLog`) holds token ids only where they were asked for; it cannot be replayed without. Further
-keys are allowed and ignored.
+``steps`` are those of the engine that it was recorded on, and may be missing. So may ``drafts``,
+what a drafter proposed at each place of the answer: its first entry when the first token was out,
+its second with two, and so on. An entry is a list of token ids, or only the number of its tokens
+that are right. A log of live traffic (`TraceLog`) holds token ids only where they were asked for;
+it cannot be replayed without. Further keys are allowed and ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from moecascade.core.step import Step
+from moecascade.core.step import Proposal, Step
 from moecascade.errors import ConfigError
 from moecascade.telemetry.files import json_line, open_to_append, records
 
@@ -36,12 +38,15 @@ class Trace:
         task: What kind of request it is; results are broken down by it.
         prompt: Token ids of the prompt.
         output: Token ids of the answer, at least one.
+        drafts: What a drafter proposed with 1, 2, ... tokens of the answer out: its tokens, or how
+            many of them are right. Empty where none was recorded.
     """
 
     id: str
     task: str
     prompt: tuple[int, ...]
     output: tuple[int, ...]
+    drafts: tuple[tuple[int, ...] | int, ...] = ()
 
 
 def read(paths: Iterable[str | Path]) -> Iterator[Trace]:
@@ -67,13 +72,24 @@ def _trace(row: Any, place: str) -> Trace:
             f"{place}: recorded without token ids, so it cannot be replayed; record with "
             "trace_tokens on, or with 'moecascade record'"
         )
-    prompt, output = (_tokens(row, key, place) for key in KEYS[2:])
-    return Trace(str(row["id"]), str(row["task"]), prompt, output)
+    prompt, output = (_tokens(row[key], key, place) for key in KEYS[2:])
+    drafts = row.get("drafts") or []
+    if not isinstance(drafts, list):
+        raise ConfigError(f"{place}: drafts is {drafts!r:.40}; it must be a list, see 'record'")
+    return Trace(
+        str(row["id"]), str(row["task"]), prompt, output, tuple(_draft(d, place) for d in drafts)
+    )
 
 
-def _tokens(row: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
-    """Return the token ids under a key; ConfigError where one cannot be one."""
-    tokens = row[key]
+def _draft(draft: Any, place: str) -> tuple[int, ...] | int:
+    """Return a draft, or how many of its tokens are right."""
+    if type(draft) is int and draft >= 0:
+        return draft
+    return _tokens(draft, "drafts", place)
+
+
+def _tokens(tokens: Any, key: str, place: str) -> tuple[int, ...]:
+    """Return token ids; ConfigError where one cannot be one."""
     if not isinstance(tokens, list):
         raise ConfigError(f"{place}: {key} is {tokens!r:.40}; it must be a list of token ids")
     for token in tokens:
@@ -94,6 +110,7 @@ class _Open:
     output_tokens: int = 0
     prompt: Sequence[int] = ()
     output: list[int] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -103,15 +120,17 @@ class TraceLog:
     Args:
         path: The file; it is created, with its folder, or appended to.
         tokens: Whether to write token ids. They are what was said: only where users agree.
+        drafts: Whether to write what the drafter proposed at each place.
 
     Raises:
         OSError: The file cannot be opened.
     """
 
-    def __init__(self, path: str | Path, tokens: bool) -> None:
+    def __init__(self, path: str | Path, tokens: bool, drafts: bool = False) -> None:
         """Open the file."""
         self._file: TextIO = open_to_append(Path(path))
         self._tokens = tokens
+        self._drafts = drafts
         self._open: dict[str, _Open] = {}
 
     def begin(self, request_id: str, task: str, prompt: Sequence[int]) -> None:
@@ -131,6 +150,14 @@ class TraceLog:
                     {"drafted": part.drafted, "emitted": part.emitted, "seconds": step.seconds}
                 )
 
+    def propose(self, proposals: Iterable[Proposal]) -> None:
+        """Take what the drafter proposes for what follows the tokens that are out."""
+        for proposal in proposals if self._drafts else ():
+            if (request := self._open.get(proposal.request_id)) is not None:
+                # Places that a step went past have no draft.
+                request.drafts += [[] for _ in range(len(request.drafts), request.output_tokens)]
+                request.drafts[request.output_tokens - 1 :] = [list(proposal.tokens)]
+
     def end(self, request_id: str) -> None:
         """A request ended, however it ended: write it. Unknown names are ignored."""
         request = self._open.pop(request_id, None)
@@ -145,6 +172,8 @@ class TraceLog:
             "output_token_ids": request.output if self._tokens else None,
             "steps": request.steps,
         }
+        if self._drafts:
+            line["drafts"] = request.drafts
         self._file.write(json_line(line))
 
     def flush(self) -> None:

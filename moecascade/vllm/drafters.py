@@ -105,6 +105,23 @@ def _in_step(config: VllmConfig) -> bool:
     return bool(getattr(config.parallel_config, "data_parallel_size", 1) > 1)
 
 
+def ladder(config: VllmConfig) -> dict[str, tuple[int, ...]]:
+    """Return the draft lengths that have whole CUDA graphs, as a setting of `marginal`.
+
+    The second runner captures them for steps whose requests all verify as many: for the longest,
+    or for those that `num_speculative_tokens_per_batch_size` names (0.32: `cudagraph_utils`). The
+    first has none that drafts of another length than the longest could use.
+    """
+    mode = config.compilation_config.cudagraph_mode
+    if not second_runner(config) or mode is None or not mode.has_full_cudagraphs():
+        return {}
+    most = max_k(config)
+    assert config.speculative_config is not None
+    table = config.speculative_config.num_speculative_tokens_per_batch_size
+    lengths = {min(k, most) for _, _, k in table} if table else {most}
+    return {"ladder": tuple(sorted(lengths))}
+
+
 def search_facts(config: VllmConfig) -> dict[str, int]:
     """Return how a drafter searches the text, as settings of `marginal`; nothing for others."""
     speculative = config.speculative_config

@@ -244,6 +244,7 @@ class SyncScheduler(Scheduler):
             request = self.requests.get(request_id)
             if request is not None and not request.is_prefill_chunk and not request.is_finished():
                 proposals.append(Proposal(request_id, self._usable(tokens, request)))
+        self._recorder.propose(proposals)
         decided = self._decide(proposals)
         drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
         for proposal in proposals:

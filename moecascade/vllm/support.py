@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import ConfigError, SetupError
 from moecascade.vllm import drafters
@@ -79,9 +79,10 @@ def check_hooks(scheduler: type) -> None:
         )
 
 
-def facts(config: VllmConfig) -> dict[str, int]:
-    """Return what policies may want to know: of the target, and of a drafter that searches."""
-    return {**model_facts(config), **drafters.search_facts(config)}
+def facts(config: VllmConfig) -> dict[str, Any]:
+    """Return what policies may want to know of the target, the drafter and CUDA graphs."""
+    graphs = drafters.ladder(config) if config.speculative_config else {}
+    return {**model_facts(config), **drafters.search_facts(config), **graphs}
 
 
 def model_facts(config: VllmConfig) -> dict[str, int]:

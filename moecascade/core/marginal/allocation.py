@@ -4,11 +4,14 @@ A slot is worth the chance that its token is accepted over the rate at which the
 (lambda): an accepted token saves 1/lambda of a baseline step. Verifying it delays all n requests.
 Admitted are the best slots, as many as make worth less delay highest. A request's slots are worth
 less and less, so what is admitted of a draft is always its beginning.
+
+An engine may have CUDA graphs for steps only whose requests all verify one length of a *ladder*.
+Then that is tried as well, for each length, and what gains most is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -60,3 +63,37 @@ def allot(
     count = int(surplus.argmax()) + 1 if slots.size and surplus.max() > 0.0 else 0
     ks: list[int] = np.bincount(owners[best_first[:count]], minlength=len(lengths)).tolist()
     return ks
+
+
+def on_ladder(
+    survival: Rows,
+    rates: Sequence[float],
+    lengths: Sequence[int],
+    requests: int,
+    costs: Array,
+    ladder: Collection[int],
+    factor: Callable[[Sequence[int]], float],
+) -> list[int]:
+    """Return how many tokens of each draft are verified, where steps that fit a graph are cheaper.
+
+    Args:
+        survival: As for `allot`, and so are the next four.
+        rates: Lambda.
+        lengths: Of drafts.
+        requests: In the batch.
+        costs: Of drafts.
+        ladder: Draft lengths that have a graph, where all requests of the batch have the same.
+        factor: Gives what a step with such draft lengths takes, over what `costs` say.
+    """
+    worth = np.asarray(survival) / np.array(rates)[:, None]
+    here = len(lengths)
+    loose = max(1.0, factor((-1,)))  # of no length that has a graph
+    tried = [[0] * here, allot(survival, rates, lengths, requests, costs * loose)]
+    if here == requests:
+        tried += [[k] * here for k in sorted(ladder) if 0 < k <= min(lengths)]
+
+    def surplus(ks: Sequence[int]) -> float:
+        gain = sum(float(row[:k].sum()) for row, k in zip(worth, ks, strict=True))
+        return gain - requests * (float(costs[sum(ks)]) * factor(ks) - 1.0)
+
+    return max(tried, key=surplus)

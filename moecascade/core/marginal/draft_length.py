@@ -9,7 +9,7 @@ been admitted if drafts had ended there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -103,19 +103,23 @@ class Unseen:
         self.bare = self._steps % BARE_EVERY == 0 or self._steps in BARE_FIRST
         self.further = self._steps % LOOK_EVERY == 1
 
-    def length(self, worth: Array, delay: Array, pass_delay: float) -> int:
+    def length(
+        self, worth: Array, delay: Array, pass_delay: float, ladder: Collection[int] = ()
+    ) -> int:
         """Return how many tokens to draft, at least 1.
 
         Args:
             worth: As for `surplus_of`.
             delay: As for `surplus_of`.
             pass_delay: Steps by which one pass of the drafter delays the requests together.
+            ladder: The lengths to choose from, where not all are equally good.
         """
         self.turn()
         if self.bare:
             return 1
-        gains = [surplus_of(worth, delay, k + 1) - pass_delay * k for k in range(self._max_k)]
-        return min(int(np.argmax(gains)) + 1 + self.further, self._max_k)
+        lengths = [k for k in range(1, self._max_k + 1) if not ladder or k in ladder] or [1]
+        gains = [surplus_of(worth, delay, k) - pass_delay * (k - 1) for k in lengths]
+        return min(lengths[int(np.argmax(gains))] + self.further, self._max_k)
 
     def amend(self, ks: Sequence[int], limits: Sequence[int]) -> list[int]:
         """Return the draft lengths of requests, amended by what is to be seen; at most `limits`."""

@@ -40,7 +40,7 @@ from moecascade.core.cost import CostModel
 from moecascade.core.marginal.acceptance import TextJudge
 from moecascade.core.marginal.accounts import Accounts, OwnAccounts, Rate, SharedAccount
 from moecascade.core.marginal.ahead import AheadJudge
-from moecascade.core.marginal.allocation import allot
+from moecascade.core.marginal.allocation import allot, on_ladder
 from moecascade.core.marginal.counts import CountsJudge
 from moecascade.core.marginal.draft_length import Drafting, Unseen
 from moecascade.core.marginal.judge import LONGEST, Judge, Rows
@@ -69,6 +69,8 @@ class MarginalSettings:
             engine says so, as it does the next two.
         search_max: Greatest length of a match.
         filled: Whether drafts are filled up where nothing was found, and verified all the same.
+        ladder: Draft lengths for which the engine has whole CUDA graphs, where it has some; it says
+            so as well.
     """
 
     experts: int = 8
@@ -79,6 +81,7 @@ class MarginalSettings:
     search_min: int = 0
     search_max: int = 0
     filled: bool = False
+    ladder: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges; ConfigError names the setting and what is allowed."""
@@ -99,6 +102,11 @@ class MarginalSettings:
             raise ConfigError(
                 f"options of policy 'marginal': search_min must be from 0 to search_max "
                 f"({self.search_max}), got {self.search_min}"
+            )
+        if not all(type(k) is int and k >= 0 for k in self.ladder):
+            raise ConfigError(
+                "options of policy 'marginal': ladder must hold draft lengths, such as "
+                f"[0, 1, 3], got {self.ladder!r}"
             )
         if not self.rate_memory >= 1:
             raise ConfigError(
@@ -147,7 +155,7 @@ class Marginal(Policy):
         super().__init__(settings, max_k)
         self._width = width = min(max_k, LONGEST)
         self._requests: dict[str, _Request] = {}
-        self._costs = CostModel(settings.experts, settings.top_k)
+        self._costs = CostModel(settings.experts, settings.top_k, settings.ladder)
         memory, every = settings.rate_memory, Rate.first()
         self._text, self._own = TextJudge(width), OwnAccounts(memory, settings.most_lost, every)
         self._recent = RecentJudge(width)
@@ -195,7 +203,10 @@ class Marginal(Policy):
         costs = self._costs.costs(n, len(names) * self._width)
         rates = accounts.rates(names)
         limits = accounts.limits(names, lengths, n, costs)
-        ks = allot(survival, rates, limits, n, costs)
+        if ladder := self._costs.ladder:
+            ks = on_ladder(survival, rates, limits, n, costs, ladder, self._costs.factor)
+        else:
+            ks = allot(survival, rates, limits, n, costs)
         if self._unseen is not None:
             if not self._asked and judge is self._counts:
                 self._unseen.turn()
@@ -215,10 +226,11 @@ class Marginal(Policy):
         if idle.judge is not self._mode.judge:
             idle.judge.follow(parts)
         if step.decode and step.seconds is not None:
-            drafts = sum([part.drafted for part in step.requests])
-            self._costs.observe(n + drafts, step.seconds, step.passes)
+            ks = [part.drafted for part in step.requests]
+            drafts = sum(ks)
+            self._costs.observe(n + drafts, step.seconds, step.passes, ks)
             if parts:
-                cost = self._costs.cost(n, drafts, step.passes)
+                cost = self._costs.cost(n, drafts, step.passes, ks)
                 self._mode.accounts.charge(parts, cost, n, drafts)
 
     def _go_without_seeing(self) -> None:
@@ -257,7 +269,7 @@ class Marginal(Policy):
             0.0,
         )
         if self._unseen is not None:
-            return self._unseen.length(worth, delay, one_pass)
+            return self._unseen.length(worth, delay, one_pass, self._costs.ladder)
         drafted = np.array(at.lengths)[rows] > 0
         if drafted.any():
             self._drafting.consider(worth[drafted], delay)
@@ -275,7 +287,7 @@ class Marginal(Policy):
         k, drafts, passes = at.ks[place], sum(at.ks), max(0, self._ahead - 1)
         survival = [float(chance) for chance in at.survival[place][: at.lengths[place]]]
         tokens = 1.0 + sum(survival[:k])
-        cost = self._costs.cost(at.requests, drafts, passes)
+        cost = self._costs.cost(at.requests, drafts, passes, at.ks)
         parts = {
             "lambda": at.rates[place],
             "lost": self._own.lost(request_id),
@@ -285,6 +297,6 @@ class Marginal(Policy):
         return Expectation(
             tokens / cost_share(cost, 1.0, at.requests, k, drafts),
             tokens,
-            self._costs.seconds(at.requests + drafts, passes),
+            self._costs.seconds(at.requests + drafts, passes, at.ks),
             parts,
         )

@@ -16,9 +16,11 @@ class StaticSettings:
 
     Attributes:
         k: The draft length, from 0 to the engine's maximum.
+        ahead: Tokens that a model drafter is to draft, for recordings; K where that is more.
     """
 
     k: int
+    ahead: int = 0
 
 
 class Static(Policy):
@@ -43,8 +45,8 @@ class Static(Policy):
         return [Decision(p.request_id, self.settings.k, self.name) for p in proposals]
 
     def lookahead(self, request_ids: Sequence[str]) -> int:
-        """Return the fixed K."""
-        return self.settings.k
+        """Return the fixed K, or what is asked for beyond it."""
+        return max(self.settings.k, min(self.settings.ahead, self.max_k))
 
 
 class Off(Policy):
