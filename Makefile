@@ -1,6 +1,6 @@
 # Everything sets itself up: a virtual environment in .venv, the local model in the user's cache.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutation bench bench-decision fmt clean
+.PHONY: help setup demo test test-fast test-matrix mutation bench bench-decision fmt clean
 
 BIN := .venv/bin
 
@@ -18,6 +18,9 @@ test: setup  ## lint, types, tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+test-matrix: setup  ## the adapter's tests with other versions of vLLM (ARGS="0.29.0" for one of them)
+	@scripts/versions.sh $(ARGS)
 
 mutation: setup  ## change the core in one place at a time: does a test notice? (ARGS="--sample 200" for some)
 	@$(BIN)/python scripts/mutation.py $(ARGS)

