@@ -1,6 +1,6 @@
 # Everything sets itself up: a virtual environment in .venv, the local model in the user's cache.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-matrix mutation bench bench-decision fmt clean
+.PHONY: help setup demo test test-fast test-matrix mutation bench bench-decision bench-gpu fmt clean
 
 BIN := .venv/bin
 
@@ -36,6 +36,9 @@ bench: setup  ## the whole evaluation, 90 minutes, and its report (QUICK=1: 10 m
 
 bench-decision: setup  ## print how long a decision takes
 	@$(BIN)/python benchmarks/decision_cost.py
+
+bench-gpu: setup  ## what a GPU can tell: step times, lossless text, policies, report (ARGS=--tiny: on CPUs)
+	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
 
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff format

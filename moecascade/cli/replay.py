@@ -20,6 +20,9 @@ from moecascade.cli.numbers import numbers
 from moecascade.core import registry
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError
+from moecascade.evaluation import results
+from moecascade.evaluation.report.diagnostics import step_times_by_model
+from moecascade.evaluation.request_record import from_json
 from moecascade.replay.player import (
     LONG,
     MIXTRAL_LIKE,
@@ -58,7 +61,12 @@ def replay(
     ngram_max: Annotated[int, typer.Option(metavar="N", help="Greatest length of a match.")] = 4,
     max_k: Annotated[int, typer.Option(metavar="K", help="Longest draft.")] = 8,
     cost: Annotated[
-        str, typer.Option(metavar="TIMES", help="Step time over the baseline, at K = 0, 1, ...")
+        str,
+        typer.Option(
+            metavar="TIMES",
+            help="Step time over the baseline, at K = 0, 1, ..., or a file of measured ones "
+            "(benchmarks/gpu/step_times.py, bench).",
+        ),
     ] = COSTS,
     pass_cost: Annotated[
         float,
@@ -109,7 +117,7 @@ def replay(
     for spec in specs:
         if spec != Oracle.name:
             registry.settings_for(spec, max_k)
-    costs = numbers("--cost", cost, float)
+    costs = _measured(Path(cost)) if Path(cost).is_file() else numbers("--cost", cost, float)
     if cost == COSTS:  # nobody chose it: a shorter draft needs less of it
         costs = costs[: max_k + 1]
     conditions = ReplayConditions(
@@ -144,6 +152,18 @@ def replay(
         at_once = f", {batch} at once" if batch > 1 else ""
         console = Console()
         console.print(_table(found, f"{len(requests)} requests{at_once}", console))
+
+
+def _measured(path: Path) -> tuple[float, ...]:
+    """Return the step times of the first model in a results file, from K = 0 on."""
+    rows = [from_json(row) for row in results.read(path).rows]
+    for model, curve in step_times_by_model(rows).items():
+        known = {0: 1.0} | {at.k: at.cost for at in curve}
+        if list(known) == list(range(len(known))) and len(known) > 1:
+            return tuple(known.values())
+        missing = min(set(range(max(known) + 1)) - known.keys(), default=1)
+        raise ConfigError(f"--cost {path}: no step of {model} verified {missing} drafts")
+    raise ConfigError(f"--cost {path}: holds no step times of one request at a time")
 
 
 def _play(

@@ -26,6 +26,8 @@ from moecascade.serving import machine
 from moecascade.telemetry.files import write_whole
 
 SCHEMA = "moecascade.results/2"
+STEP_TIMES = "step-times"
+"""The kind of results whose drafts mean nothing: they only tell what steps take."""
 READ = ("moecascade.results/1", SCHEMA)
 
 
@@ -34,7 +36,7 @@ class Results:
     """Measurements and all that is needed to judge or repeat them.
 
     Attributes:
-        kind: What measured ("demo", "bench").
+        kind: What measured ("demo", "bench", `STEP_TIMES`).
         created: When, in ISO 8601 with time zone.
         code: Version of moecascade; commit and whether files differ from it, where known.
         arguments: The command's options, defaults included.

@@ -42,7 +42,8 @@ def check_version() -> None:
     if found is None:
         raise SetupError(
             f"vLLM is not installed; moecascade needs {wanted}. Install it: pip install "
-            f"'vllm{RANGE}' on a machine with a GPU; without one 'make setup' in a clone of moecascade does it all"
+            f"'vllm{RANGE}' on a machine with a GPU; without one 'make setup' in a clone of "
+            "moecascade does it all"
         )
     name, version = found
     numbers = compat.numbers(version)

@@ -32,8 +32,12 @@ class Analysis:
     diagnostics: Diagnostics
 
 
-def analyse(rows: Sequence[Row]) -> Analysis:
+def analyse(rows: Sequence[Row], timed: Sequence[Row] = ()) -> Analysis:
     """Return the numbers of some rows.
+
+    Args:
+        rows: Of requests that somebody could have sent.
+        timed: Of requests that only measured step times: their drafts meant nothing.
 
     Raises:
         ConfigError: No request ran under the baseline.
@@ -42,12 +46,12 @@ def analyse(rows: Sequence[Row]) -> Analysis:
     main = [row for row in rows if row.run not in runs]
     aside = [row for row in rows if row.run in runs]
     return Analysis(
-        requests=len(rows),
-        models=tuple(dict.fromkeys(row.model for row in rows)),
+        requests=len(rows) + len(timed),
+        models=tuple(dict.fromkeys(row.model for row in (*rows, *timed))),
         policies=tuple(dict.fromkeys(row.policy for row in rows)),
-        main=speedups(main) if main or not aside else Speedups(),
+        main=speedups(main) if main or not (aside or timed) else Speedups(),
         varied=speedups(aside) if aside else Speedups(),
-        diagnostics=diagnostics(main or aside),
+        diagnostics=diagnostics(main or aside, timed),
     )
 
 

@@ -137,12 +137,11 @@ class Diagnostics:
         return 1.0 - float((error**2).sum()) / spread if spread else None
 
 
-def diagnostics(rows: Sequence[Row]) -> Diagnostics:
-    """Return what rows say beyond speed-ups."""
+def diagnostics(rows: Sequence[Row], timed: Sequence[Row] = ()) -> Diagnostics:
+    """Return what rows say beyond speed-ups; see `analyse` for the others."""
     single = [row for row in rows if row.concurrency == 1]
     policies = list(dict.fromkeys(row.policy for row in single))
-    models = dict.fromkeys(row.model for row in single)
-    curves = {m: step_times([row for row in single if row.model == m]) for m in models}
+    curves = step_times_by_model([*single, *timed])
     expected = {p: calibration(single, p) for p in OURS}
     shares = {p: k_shares(single, p) for p in policies if p != BASELINE}
     overheads = {p: overhead(single, p) for p in policies}
@@ -158,6 +157,13 @@ def diagnostics(rows: Sequence[Row]) -> Diagnostics:
 
 def _logged(rows: Iterable[Row], policy: str) -> list[tuple[Row, Engine]]:
     return [(row, row.engine) for row in rows if row.policy == policy and row.engine]
+
+
+def step_times_by_model(rows: Sequence[Row]) -> dict[str, list[StepTime]]:
+    """Return the cost curve of each model, of those requests that were alone."""
+    single = [row for row in rows if row.concurrency == 1]
+    models = dict.fromkeys(row.model for row in single)
+    return {m: step_times([row for row in single if row.model == m]) for m in models}
 
 
 def step_times(rows: Sequence[Row]) -> list[StepTime]:

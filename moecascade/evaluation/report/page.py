@@ -95,7 +95,10 @@ def build(found: Sequence[results.Results]) -> Report:
         for part, rows in zip(found, parts, strict=True)
         if ablations(rows)
     )
-    analysis = analyse([row for part in parts for row in part])
+    by_kind: dict[bool, list[Row]] = {True: [], False: []}
+    for part, rows in zip(found, parts, strict=True):
+        by_kind[part.kind == results.STEP_TIMES] += rows
+    analysis = analyse(by_kind[False], by_kind[True])
     return Report(found, analysis, "; ".join(filter(None, flags)))
 
 
