@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.engine
 def test_all_stages_run_small_on_a_cpu(tmp_path: Path, cli: Callable[..., Answer]) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "run.py", "--tiny", "--out", tmp_path]
+    script = str(ROOT / "benchmarks" / "gpu" / "run.py")
+    command = [sys.executable, script, "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     logs = {path.name: path.read_text()[-800:] for path in tmp_path.glob("*.log")}
     assert done.returncode == 0, (done.stdout, logs)

@@ -11,6 +11,7 @@ from moecascade.cli.bench import bench
 from moecascade.cli.demo import demo
 from moecascade.cli.doctor import doctor
 from moecascade.cli.model import model
+from moecascade.cli.plan import plan
 from moecascade.cli.record import record
 from moecascade.cli.replay import replay
 from moecascade.cli.report import report
@@ -52,6 +53,7 @@ def main(
 
         moecascade doctor        is everything there?
         moecascade demo          see what it does: real server, local model, one table
+        moecascade plan MODEL    what would it gain, on a machine that is not here?
         moecascade serve MODEL   serve your own model
     """
 
@@ -62,6 +64,7 @@ app.command()(demo)
 app.command(context_settings=serve_settings)(bench)
 app.command()(doctor)
 app.command()(model)
+app.command(no_args_is_help=True)(plan)
 app.command(context_settings=serve_settings)(record)
 app.command(no_args_is_help=True)(replay)
 app.command(no_args_is_help=True)(report)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from math import inf
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from moecascade.errors import ConfigError, nearest
 
@@ -19,6 +20,8 @@ MOST = 1e15  # size of a number: beyond, sums and products lose whole numbers
 
 
 def _fits(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, UnionType):
+        return any(_fits(value, one) for one in get_args(wanted))
     if isinstance(value, bool) and wanted in {int, float}:
         return False
     if wanted is float:
