@@ -16,6 +16,7 @@ from moecascade.cli.record import record
 from moecascade.cli.replay import replay
 from moecascade.cli.report import report
 from moecascade.cli.serve import serve
+from moecascade.cli.simulate import simulate
 from moecascade.errors import CascadeError
 from moecascade.serving import machine
 
@@ -68,6 +69,7 @@ app.command(no_args_is_help=True)(plan)
 app.command(context_settings=serve_settings)(record)
 app.command(no_args_is_help=True)(replay)
 app.command(no_args_is_help=True)(report)
+app.command(no_args_is_help=True)(simulate)
 
 
 def run() -> None:

@@ -84,8 +84,7 @@ def plan(
         moecascade plan ./my-moe --device my-card.json --tensor-parallel 8 --expert-parallel
     """
     found_model = planning.find_model(model)
-    bits = None if dtype is None else _bits(dtype)
-    setup = Setup(devices.find(device), cards, expert_parallel, bits)
+    setup = Setup(devices.find(device), cards, expert_parallel, bits_of(dtype))
     chosen = planning.find_drafter(drafter, found_model)
     profiles = planning.profiles_for(drafter.partition(":")[0])
     found = planning.choices(
@@ -107,7 +106,10 @@ def plan(
     screen.print(escape(_advice(found_model, setup, chosen, found, profiles)), highlight=False)
 
 
-def _bits(dtype: str) -> float:
+def bits_of(dtype: str | None) -> float | None:
+    """Return the bits a weight of a type; ConfigError for one that is not known."""
+    if dtype is None:
+        return None
     if dtype not in BITS:
         raise ConfigError(f"unknown type {dtype!r}{nearest(dtype, BITS)}; known: {', '.join(BITS)}")
     return BITS[dtype]

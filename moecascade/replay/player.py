@@ -54,6 +54,8 @@ class ReplayConditions:
             token, as many as it is told; else they are found in the text.
         pass_cost: Time of one of its passes, in baseline steps. It makes one in every step, whether
             a draft is wanted or not, so speed-ups are over a step with that one.
+        further: Step times beyond those of `costs`, by the positions that a step computes; without
+            them the curve goes on as experts do.
     """
 
     costs: Sequence[float]
@@ -69,6 +71,7 @@ class ReplayConditions:
     filled: bool = False
     recorded: bool = False
     pass_cost: float = 0.0
+    further: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         """Check the values; ConfigError names the first that is wrong."""
@@ -103,6 +106,8 @@ class ReplayConditions:
         """
         if positions <= len(self.costs):
             return self.costs[positions - 1] / self.costs[0]
+        if positions <= len(self.costs) + len(self.further):
+            return self.further[positions - 1 - len(self.costs)] / self.costs[0]
         ends = [expert_union(p, self.experts, self.top_k) for p in (1, len(self.costs))]
         slope = (self.costs[-1] / self.costs[0] - 1.0) / (ends[1] - ends[0])
         return 1.0 + slope * (expert_union(positions, self.experts, self.top_k) - ends[0])

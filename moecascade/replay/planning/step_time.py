@@ -131,7 +131,7 @@ class Drafter:
     passes_all: bool = False
 
 
-def unique_experts(layer: Layer, requests: int, k: int, affinity: float) -> float:
+def unique_experts(layer: Layer, requests: int, k: float, affinity: float) -> float:
     """Return the expected number of experts that a layer reads in a step.
 
     ``E (1 - (1 - k/E)^m)`` for m positions that choose alone. A position chooses some of its
@@ -155,7 +155,7 @@ def imbalance(unique: float, cards: int) -> float:
 
 
 def step_time(
-    model: Model, setup: Setup, *, requests: int = 1, k: int = 0, context: int = 1024
+    model: Model, setup: Setup, *, requests: int = 1, k: float = 0, context: int = 1024
 ) -> StepTime:
     """Return the time of a step without drafting.
 
@@ -163,7 +163,7 @@ def step_time(
         model: What is served.
         setup: Where.
         requests: Requests in the step.
-        k: Drafts that it verifies of each.
+        k: Drafts that it verifies of each, on average.
         context: Tokens of each request so far.
     """
     if requests < 1 or k < 0 or context < 0:
@@ -220,13 +220,28 @@ def _alike(model: Model) -> list[tuple[Layer, int]]:
     return list(counts.items())
 
 
-def _network(model: Model, setup: Setup, positions: int) -> float:
+def _network(model: Model, setup: Setup, positions: float) -> float:
     """Return the seconds of two sums over all cards a layer: latency, and hidden states moved."""
     if setup.cards == 1:
         return 0.0
     moved = 2.0 * (setup.cards - 1) / setup.cards * positions * model.hidden * 2.0
     one = setup.constants.exchange + moved / (setup.device.link_gbps * 1e9)
     return 2.0 * len(model.layers) * one
+
+
+def by_positions(
+    model: Model, setup: Setup, *, requests: int, max_k: int, context: int
+) -> list[float]:
+    """Return the seconds of steps that compute 1, 2, ... positions, as replay takes them.
+
+    Up to the number of requests they are single ones of as many, beyond that drafts of all.
+    """
+    times = []
+    for positions in range(1, requests * (max_k + 1) + 1):
+        n = min(positions, requests)
+        step = step_time(model, setup, requests=n, k=positions / n - 1.0, context=context)
+        times.append(step.total)
+    return times
 
 
 def drafting_time(drafter: Drafter, setup: Setup, *, requests: int, k: int, context: int) -> float:
