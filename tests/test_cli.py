@@ -476,3 +476,19 @@ def test_flags_of_vllm_may_follow_prompt_files() -> None:
     assert flags == ["--dtype", "float32", "-tp", "2"]
     assert files_and_flags(["--dtype", "float32"]) == ([], ["--dtype", "float32"])
     assert files_and_flags([]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "said"),
+    [
+        ("demo", ["--drafter", "eagl"], "did you mean 'eagle'"),
+        ("demo", ["--drafter", "eagle", "--model", "org/model"], "--speculative-config"),
+        ("bench", ["--drafter", "eagle", "-sc", "{}"], "both choose a drafter"),
+        ("record", ["--out", "t", "--drafter", "eagle", "--policy", "cascade"], "drop --policy"),
+    ],
+)
+def test_a_drafter_that_cannot_be_is_refused(
+    command: str, given: list[str], said: str, cli: Callable[..., Answer]
+):
+    shown = cli(command, *given)
+    assert (shown.returncode, said in shown.stderr) == (2, True), shown.stderr

@@ -730,3 +730,16 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
+
+
+def test_whether_anybody_could_want_a_draft() -> None:
+    controller = Controller(ServerOptions(policy="marginal"), 8, lambda *_: None)
+    for name, asked in {
+        "off": RequestOptions(policy="off"),
+        "capped": RequestOptions(max_k=0),
+        "cut": RequestOptions(max_k=2),
+    }.items():
+        controller.add(name, asked)
+    assert not controller.drafts(["off", "capped", "unknown"])
+    assert controller.drafts(["off", "cut"])
+    assert not controller.drafts([])

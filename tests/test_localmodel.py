@@ -262,3 +262,48 @@ def test_unknown_names_and_the_cache_variable(
         localmodel.ensure("mixtral-9")
     monkeypatch.setenv("MOECASCADE_CACHE", str(tmp_path))
     assert localmodel.path_of("local") == tmp_path / "mixtral-8-v1"
+
+
+def test_packed_weights_are_the_weights_within_half_a_step() -> None:
+    import torch
+
+    from moecascade.localmodel.packed import GROUP, SCALE, pack, unpack
+
+    random = torch.Generator().manual_seed(0)
+    loud = torch.randn(3, GROUP, generator=random) * 100
+    quiet = torch.randn(3, GROUP, generator=random) / 100
+    weights = {"both": torch.cat([loud, quiet], 1), "norm": torch.ones(5), "none": 0 * quiet}
+    packed = pack(weights)
+    assert packed["both"].dtype == torch.int8
+    assert packed["both" + SCALE].shape == (3, 2)
+    back = unpack(packed)
+    assert back.keys() == weights.keys()
+    for name, weight in weights.items():
+        groups = weight.unflatten(-1, (-1, GROUP)) if weight.dim() > 1 else weight[None, None]
+        step = groups.abs().amax(-1, keepdim=True) / 127 if weight.dim() > 1 else 0.0
+        error = (back[name].float() - weight).reshape(groups.shape).abs()
+        assert (error <= 0.6 * step + 0.005 * groups.abs()).all(), name
+
+
+def test_the_eagle_head_says_where_it_comes_from_and_suits_all_local_models(tmp_path: Path) -> None:
+    from importlib import resources
+
+    from safetensors import safe_open
+
+    from moecascade.localmodel.catalogue import CATALOGUE, EAGLE
+
+    folder = localmodel.ensure("eagle", cache=tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (1, 576)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.get_slice("fc.weight").get_shape() == [576, 2 * 576]
+        names = list(file.keys())
+        assert not [name for name in names if "embed" in name or "lm_head" in name]
+    with (
+        resources.as_file(resources.files(localmodel) / EAGLE) as path,
+        safe_open(path, "pt") as file,
+    ):
+        about = file.metadata()
+    assert "scripts/train_eagle.py" in about["command"]
+    assert float(about["foreseen"].split(",")[0]) >= 0.45
+    assert [name for name, model in CATALOGUE.items() if model.drafts] == ["draft", "eagle"]

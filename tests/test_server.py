@@ -347,7 +347,7 @@ def test_what_a_model_answers_can_be_recorded_and_replayed(tmp_path: Path, mark:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
     line = ["record", str(prompts), "--out", str(out), "--max-tokens", "16", "--concurrency", "2"]
     answer = subprocess.run(
-        [sys.executable, "-m", "moecascade", *line, "--policy", "static:2"],
+        [sys.executable, "-m", "moecascade", *line, "--drafter", "eagle"],
         capture_output=True,
         text=True,
         timeout=400,
@@ -360,5 +360,10 @@ def test_what_a_model_answers_can_be_recorded_and_replayed(tmp_path: Path, mark:
     assert all(1 < len(trace.output) <= 16 for trace in found)
     for row in map(json.loads, out.read_text().splitlines()):
         assert sum(step["emitted"] for step in row["steps"]) == len(row["output_token_ids"])
-    outcomes = player.play(found, "marginal", player.ReplayConditions([1.0] * 9))
-    assert sum(outcome.tokens for outcome in outcomes) == sum(len(t.output) - 1 for t in found)
+        assert len(row["drafts"]) == len(row["output_token_ids"]) - 1  # at every place
+        assert len(row["drafts"][0]) == 8
+    for recorded in (False, True):
+        conditions = player.ReplayConditions([1.0] * 9, recorded=recorded)
+        outcomes = player.play(found, "static:8", conditions)
+        assert sum(outcome.tokens for outcome in outcomes) == sum(len(t.output) - 1 for t in found)
+    assert sum(outcome.steps for outcome in outcomes) < sum(outcome.tokens for outcome in outcomes)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moecascade.cli.numbers import numbers
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError, nearest
 from moecascade.evaluation import results, session, workloads
@@ -83,6 +84,7 @@ def bench(
             "anything is measured: users meet servers that have served for a while.",
         ),
     ] = 0,
+    drafter: Annotated[str, session.DRAFTER] = session.SEARCH,
     url: Annotated[
         str | None,
         typer.Option(
@@ -107,14 +109,15 @@ def bench(
 
         moecascade bench --policies off,static:3,cascade,marginal --prompts-per-task 8
         moecascade bench --models local,mixtral-16 --temperatures 0,0.8 --minutes 60
+        moecascade bench --drafter eagle --policies off,static:3,marginal
         moecascade bench --prompts HumanEval.jsonl --prompts test.jsonl --policies vllm,off,cascade
         moecascade bench --url http://localhost:8000 --models my-model --concurrency 8
         moecascade report results/bench
     """
     settings = Settings(
         policies=tuple(split(specs)),
-        temperatures=_numbers("temperatures", temperatures, float),
-        concurrencies=tuple(int(n) for n in _numbers("concurrency", concurrencies, int)),
+        temperatures=numbers("--temperatures", temperatures, float),
+        concurrencies=numbers("--concurrency", concurrencies, int),
         max_tokens=max_tokens,
         seed=seed,
     )
@@ -127,6 +130,8 @@ def bench(
         raise ConfigError(f"models {models!r}: name at least one, and each only once")
     if url is None:
         support.check_version()
+        for name in names:  # before anything is measured
+            session.with_drafter(context.args, drafter, name, settings.max_k)
     else:
         _check_running(url, names, settings, context)
     screen = Console(stderr=True)
@@ -141,6 +146,7 @@ def bench(
         "max_tokens": settings.max_tokens,
         "seed": settings.seed,
         **({"warm_up": warm_up} if warm_up else {}),
+        **({"drafter": drafter} if drafter != session.SEARCH else {}),
         "url": url,
         "flags": list(context.args),
     }
@@ -160,8 +166,9 @@ def bench(
                     if minutes is not None:
                         share = minutes * 60 / len(names)
                         deadline = time.monotonic() + share
+                    flags = session.with_drafter(context.args, drafter, name, settings.max_k)
                     facts = session.serve_and_measure(
-                        name, turn, journal, out, shown, flags=context.args, deadline=deadline
+                        name, turn, journal, out, shown, flags=flags, deadline=deadline
                     )
                 about.append(facts[0])
                 served += facts[1]
@@ -189,13 +196,6 @@ def _check_running(url: str, models: list[str], settings: Settings, context: typ
             f"--url {url}: the server is already running, so vLLM's flags cannot be passed to it; "
             f"remove {context.args[0]!r}{nearest(context.args[0], options)}"
         )
-
-
-def _numbers(name: str, text: str, kind: type) -> tuple[float, ...]:
-    try:
-        return tuple(kind(word) for word in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{name} {text!r}: give numbers with commas between") from None
 
 
 def _keep(

@@ -66,6 +66,7 @@ def demo(
             f"(by default {WARM_UP}; --full: {FULL_WARM_UP}).",
         ),
     ] = None,
+    drafter: Annotated[str, session.DRAFTER] = session.SEARCH,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="Longest answer, in tokens.")
     ] = DEFAULTS.max_tokens,
@@ -111,6 +112,7 @@ def demo(
     support.check_version()
     if plot:
         charts.check_installed()
+    flags = session.with_drafter([], drafter, model, settings.max_k)
     screen = Console(stderr=True)
     session.make_folder(out)
     arguments = {
@@ -118,6 +120,7 @@ def demo(
         "policies": list(settings.measured),
         "prompts_per_task": prompts_per_task,
         "warm_up": warm_up,
+        **({"drafter": drafter} if drafter != session.SEARCH else {}),
         "max_tokens": settings.max_tokens,
         "temperature": temperature,
         "seed": settings.seed,
@@ -128,7 +131,14 @@ def demo(
         so_far = _SoFar(journal.rows, settings.measured, screen)
         with session.live(screen, so_far.table) as shown:
             about, served = session.serve_and_measure(
-                model, plan, journal, out, shown, keep_text=True, heard=so_far.heard
+                model,
+                plan,
+                journal,
+                out,
+                shown,
+                flags=flags,
+                keep_text=True,
+                heard=so_far.heard,
             )
     finally:
         journal.close()

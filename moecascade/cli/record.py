@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moecascade.core import registry
-from moecascade.errors import SetupError, TooLongError
+from moecascade.errors import ConfigError, SetupError, TooLongError
 from moecascade.evaluation import runner, session, workloads
 from moecascade.evaluation.request_record import BASELINE, MARK
 from moecascade.evaluation.schedule import Block, Request, Settings
@@ -48,18 +48,21 @@ def record(
     policy: Annotated[
         str, typer.Option(metavar="SPEC", help="Who chooses K meanwhile; the text is the same.")
     ] = BASELINE,
+    drafter: Annotated[str, session.DRAFTER] = session.SEARCH,
 ) -> None:
     """Record what a model answers, so that policies can be replayed on it without an engine.
 
     Serves the model with the plugin, sends every prompt once, and writes a line for each request:
-    token ids of prompt and answer, and the engine's steps. What is not listed below goes to vLLM's
-    server as it is.
+    token ids of prompt and answer, and the engine's steps. With a drafter that is a model, also
+    what it proposes at every place of the answer, none of which is verified: see 'replay --drafter
+    recorded'. What is not listed below goes to vLLM's server as it is.
 
     For example:
 
         moecascade record --out traces.jsonl
         moecascade record HumanEval.jsonl --model org/my-moe --temperature 0.8 --out t08.jsonl
         moecascade record --out traces.jsonl --dtype float32
+        moecascade record --out eagle.jsonl --drafter eagle
         moecascade replay traces.jsonl
     """
     settings = Settings(
@@ -71,7 +74,15 @@ def record(
     )
     registry.settings_for(policy, settings.max_k)
     files, flags = files_and_flags(prompts or [])
-    given = [*flags, *context.args]
+    given = session.with_drafter([*flags, *context.args], drafter, model, settings.max_k)
+    drafts = drafter != session.SEARCH
+    if drafts:
+        if policy != BASELINE:
+            raise ConfigError(
+                f"--policy {policy} with --drafter {drafter}: drafts are recorded at every place, "
+                "so none is verified; drop --policy"
+            )
+        policy = f"static:0[ahead={settings.max_k}]"
     asked = workloads.mix(workloads.read(files), prompts_per_task)
     support.check_version()
     session.make_folder(out.parent)
@@ -88,6 +99,7 @@ def record(
             ["--host", session.HOST, "--port", str(server.free_port()), *given],
             max_k=None if session.chooses_drafter(given) else settings.max_k,
             trace_log=log,
+            trace_drafts=drafts,
             local_name=local_name,
         )
         with session.progress(Console(stderr=True)) as shown:

@@ -153,6 +153,14 @@ class Controller:
                 decisions[request_id] = replace(decision, k=self._caps[request_id])
         return decisions
 
+    def drafts(self, request_ids: Sequence[str]) -> bool:
+        """Return whether a draft of any of these could be wanted at all."""
+        for request_id in request_ids:
+            group = self._group_of.get(request_id)
+            if group is not None and group.policy.drafts and self._caps.get(request_id, 1):
+                return True
+        return False
+
     def lookahead(self, request_ids: Sequence[str]) -> int:
         """Return the longest draft that any of these may want in the step after the next."""
         longest = 0

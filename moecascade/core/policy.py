@@ -41,6 +41,7 @@ class Policy(ABC):
         argument: The field of `Settings` that a spec gives after a colon (``static:3``), or "".
         Settings: Frozen dataclass of the policy's constants, each with its default.
         learns: Whether one request teaches it anything that the next ones gain by.
+        drafts: Whether it ever wants a draft.
         reads_drafts: Whether it looks at a draft's tokens before it decides. Asynchronous
             scheduling does not show them, so such a policy is refused there.
     """
@@ -49,6 +50,7 @@ class Policy(ABC):
     argument: ClassVar[str] = ""
     Settings: ClassVar[type[Any]] = NoSettings
     learns: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
     reads_drafts: ClassVar[bool] = False
 
     def __init__(self, settings: Any, max_k: int) -> None:

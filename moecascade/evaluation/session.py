@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -24,17 +25,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moecascade.errors import SetupError
+from moecascade.errors import ConfigError, SetupError
 from moecascade.evaluation import runner
 from moecascade.evaluation.checkpoint import Journal
 from moecascade.evaluation.request_record import BASELINE, PLAIN
 from moecascade.evaluation.schedule import Plan
-from moecascade.localmodel.locate import find_model
+from moecascade.localmodel import locate
 from moecascade.serving import command, server
-from moecascade.serving.flags import Flags
+from moecascade.serving.flags import Flags, to_json
 from moecascade.telemetry import step_log
 
 HOST = "127.0.0.1"
+SEARCH = "ngram"
 
 
 def make_folder(out: Path) -> None:
@@ -121,7 +123,7 @@ def serve_and_measure(
         What the model and the servers were, for the results.
     """
     blocks = _blocks(plan, model)
-    folder, local_name = find_model(model)
+    folder, local_name = locate.find_model(model)
     settings = plan.settings
     flags = [*without_reuse(flags), *flags]
     where = ["--host", HOST, "--port"]
@@ -226,6 +228,29 @@ def without_reuse(flags: Sequence[str]) -> list[str]:
     names = ("enable-prefix-caching", "no-enable-prefix-caching")
     decided = any(name in Flags(flags) for name in names)
     return [] if decided else ["--no-enable-prefix-caching"]
+
+
+DRAFTER = typer.Option(
+    metavar="NAME",
+    help="Who drafts: ngram searches the text; draft, a small model, and eagle, a head on the "
+    "model's last state, are for the local models. Others by vLLM's --speculative-config.",
+)
+
+
+def with_drafter(flags: Sequence[str], drafter: str, model: str, max_k: int) -> list[str]:
+    """Return vLLM's flags with those that choose a drafter for a model.
+
+    Raises:
+        ConfigError: An unknown drafter, one that is not for this model, or the flags choose one.
+    """
+    if drafter == SEARCH:
+        return list(flags)
+    if chooses_drafter(flags):
+        raise ConfigError(
+            f"--drafter {drafter} and --speculative-config both choose a drafter; drop one of them"
+        )
+    chosen = {**locate.drafter(drafter, model), "num_speculative_tokens": max_k}
+    return [*flags, "--speculative-config", to_json(chosen)]
 
 
 def chooses_drafter(flags: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.resources
 import importlib.util
 import io
 import json
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import SetupError
-from moecascade.localmodel.catalogue import VERSION, LocalModel, find
+from moecascade.localmodel.catalogue import EAGLE, VERSION, LocalModel, find
+from moecascade.localmodel.packed import unpack
 from moecascade.localmodel.upcycle import config_of, upcycle
 
 if TYPE_CHECKING:
@@ -130,8 +132,9 @@ def _build(model: LocalModel, place: Path, progress: Progress) -> None:
         progress("reading the dense model")
         config, tokenizer, dense = _load_dense()
         progress("making the experts" if model.experts else "copying its weights")
-        _save(model, partial, config, tokenizer, upcycle(model, dense, SEED))
-        if model.style != "truncated":
+        weights = _head() if model.style == "eagle" else upcycle(model, dense, SEED)
+        _save(model, partial, config, tokenizer, weights)
+        if not model.drafts:
             progress("verifying that the text is the dense model's")
             _verify(model, partial, dense, config, tokenizer)
         record = {
@@ -140,7 +143,7 @@ def _build(model: LocalModel, place: Path, progress: Progress) -> None:
             "version": VERSION,
             "seed": SEED,
             "source": f"{SOURCE} {importlib.metadata.version(SOURCE)}",
-            "verified": model.style != "truncated",
+            "verified": not model.drafts,
             "parameters": _parameters(partial / WEIGHTS),
         }
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -193,6 +196,14 @@ def _load_dense() -> tuple[Any, Any, dict[str, Tensor]]:
         if name != "lm_head.weight"  # tied to the embedding
     }
     return loaded.config, tokenizer, weights
+
+
+def _head() -> dict[str, Tensor]:
+    """Return the weights of the EAGLE head that comes with this package."""
+    from safetensors.torch import load_file
+
+    with importlib.resources.as_file(importlib.resources.files(__package__) / EAGLE) as path:
+        return unpack(load_file(path))
 
 
 def _save(

@@ -21,8 +21,9 @@ class LocalModel:
 
     Attributes:
         name: What it is called on the command line, and its folder.
-        style: ``dense`` (the source), ``truncated`` (a drafter), ``mixtral`` (experts are copies,
-            weights of the chosen sum to 1) or ``qwen`` (fine-grained, with a shared expert).
+        style: ``dense`` (the source), ``mixtral`` (experts are copies, weights of the chosen sum to
+            1) or ``qwen`` (fine-grained, with a shared expert); of drafters ``truncated`` or
+            ``eagle`` (a head, see `EAGLE`).
         experts: Routed experts a layer, 0 for none.
         top_k: Experts that a token is routed to.
         expert_width: Width of a routed expert's hidden layer; 0 where it is the dense one's.
@@ -34,7 +35,7 @@ class LocalModel:
     """
 
     name: str
-    style: Literal["dense", "truncated", "mixtral", "qwen"]
+    style: Literal["dense", "mixtral", "qwen", "truncated", "eagle"]
     about: str
     experts: int = 0
     top_k: int = 0
@@ -45,6 +46,11 @@ class LocalModel:
     def folder(self) -> str:
         """Name of its folder in the cache."""
         return f"{self.name}-v{VERSION}"
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is a drafter, which writes no text of its own."""
+        return self.style in ("truncated", "eagle")
 
 
 CATALOGUE: dict[str, LocalModel] = {
@@ -61,10 +67,13 @@ CATALOGUE: dict[str, LocalModel] = {
             expert_width=256,
         ),
         LocalModel("dense", "dense", "the dense source"),
-        LocalModel("draft", "truncated", "its first 24 layers", layers=24),
+        LocalModel("draft", "truncated", "drafter: its first 24 layers", layers=24),
+        LocalModel("eagle", "eagle", "drafter: an EAGLE head", layers=1),
     )
 }
 ALIASES = {"local": "mixtral-8"}
+EAGLE = "eagle.safetensors"
+"""The head's weights, in this package: trained by ``scripts/train_eagle.py``, as they say."""
 
 
 def names() -> tuple[str, ...]:

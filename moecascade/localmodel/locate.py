@@ -9,6 +9,32 @@ from moecascade.errors import ConfigError, SetupError, nearest
 from moecascade.localmodel.build import ensure, path_of
 from moecascade.localmodel.catalogue import names
 
+DRAFTERS = {"ngram": "", "draft": "draft_model", "eagle": "eagle"}
+"""What drafts for a local model: its name here, and vLLM's method; a search needs no model."""
+
+
+def drafter(name: str, model: str) -> dict[str, str]:
+    """Return a drafter for a local model as vLLM's speculative configuration has it, built.
+
+    Args:
+        name: One of `DRAFTERS`, but for the search.
+        model: What it is to draft for.
+
+    Raises:
+        ConfigError: An unknown drafter, or a model that is not local.
+        SetupError: It cannot be built.
+    """
+    if name not in DRAFTERS:
+        raise ConfigError(
+            f"unknown drafter {name!r}{nearest(name, DRAFTERS)}; allowed: {', '.join(DRAFTERS)}"
+        )
+    if model not in names():
+        raise ConfigError(
+            f"the drafter {name!r} is made for the local models, not for {model!r}; choose its own "
+            "with --speculative-config"
+        )
+    return {"method": DRAFTERS[name], "model": find_model(name)[0]}
+
 
 def _tell(what: str) -> None:
     print(f"local model: {what}", file=sys.stderr, flush=True)

@@ -54,6 +54,7 @@ class Drafter:
         one_by_one: Whether each token costs a forward pass, and it makes no more than it is told.
         gaps: Whether -1 stands for what a search did not find; else it means that nobody tells.
         pads: Whether drafts are filled up with the text's last token: see `compat.without_fill`.
+        idles: Whether it does nothing where it is told 0, though else it drafts all that it can.
         counted_late: Whether what drafting takes falls into the time of the step after.
     """
 
@@ -61,6 +62,7 @@ class Drafter:
     one_by_one: bool = False
     gaps: bool = False
     pads: bool = False
+    idles: bool = False
     counted_late: bool = False
 
 
@@ -80,6 +82,7 @@ def drafter(config: VllmConfig) -> Drafter:
         one_by_one=_how(speculative, second) is Drafts.ONE_BY_ONE and not _in_step(config),
         gaps=speculative.method == "ngram_gpu" and not second,
         pads=second and speculative.method in SEARCHES,
+        idles=speculative.method == "ngram" and not second,  # 0.32: `NgramProposer.propose`
         # The second runner hands the tokens over before it drafts (0.32: `sample_tokens`).
         counted_late=second,
     )

@@ -101,6 +101,10 @@ class Scheduler(VllmScheduler):
         if self._drafter.one_by_one:
             with self._clock.deciding():
                 k = self._safely(self.controller.lookahead, list(output.num_scheduled_tokens))
+        elif self._drafter.idles:
+            with self._clock.deciding():
+                wanted = self._safely(self.controller.drafts, list(output.num_scheduled_tokens))
+            k = self._max_k if wanted else 0
         compat.limit_drafting(output, k or 0)
         super()._update_after_schedule(output)
 

@@ -53,6 +53,7 @@ class Off(Policy):
     """No speculation."""
 
     name = "off"
+    drafts = False
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Return K = 0 for each."""
