@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecascade.errors import ConfigError
-from moecascade.replay.planning import devices, plan
+from moecascade.replay.planning import devices, plan, validation
 from moecascade.replay.planning.architecture import ARCHITECTURES, Model, parse
 from moecascade.replay.planning.step_time import (
     Drafter,
@@ -189,6 +189,19 @@ def test_at_break_even_tokens_are_worth_what_they_cost(k: int, cost: float) -> N
         assert chance is not None
         assert sum(chance**j for j in range(k + 1)) == pytest.approx(cost, rel=1e-6)
     assert plan.break_even(k, 0.9) == 0.0
+
+
+def test_published_costs_of_vllm_are_met() -> None:
+    """Median of the fitting sources within 5%, none off by more than a fifth."""
+    points = [point for point in validation.published() if point.fits]
+    found = validation.errors(points)
+    assert len(points) >= 27
+    assert validation.typical(found) < 0.05
+    assert max(map(abs, found)) < 0.2
+    for point in validation.published():
+        assert point.source
+        assert point.how
+        assert point.cost > 1.0
 
 
 def test_devices_are_known_by_what_drivers_call_them(tmp_path: Path) -> None:

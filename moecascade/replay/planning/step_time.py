@@ -9,7 +9,8 @@ for a device of bandwidth b and rate f, of which kernels achieve the parts A and
 MoE different is how many experts are read: U of E, not all, and more with every position. On top
 come launches for each layer, what the host does for each step, and the network between cards.
 
-The constants are few (`Constants`), and fitted on other people's measurements (`validation`).
+The constants are few (`Constants`). Seven are fitted on other people's measurements of vLLM by
+``benchmarks/published.py --fit``; `reading`, `computing` and `exchange` are guesses.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ class Constants:
     """
 
     reading: float = 0.75
-    experts_reading: float = 0.6
+    experts_reading: float = 0.95
     computing: float = 0.5
-    layer: float = 15e-6
-    routed: float = 20e-6
-    step: float = 4e-4
-    verifying: float = 6e-4
-    drafting: float = 3e-4
-    affinity: float = 0.2
+    layer: float = 31e-6
+    routed: float = 24e-6
+    step: float = 6e-4
+    verifying: float = 5.4e-4
+    drafting: float = 8.6e-5
+    affinity: float = 0.32
     exchange: float = 8e-6
 
 
