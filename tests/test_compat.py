@@ -293,7 +293,7 @@ def test_the_table_of_drafters_names_all_that_vllm_has() -> None:
 def test_ngram_and_draft_model_are_served() -> None:
     config = engine_config(speculative_config=SPECULATIVE)
     support.check_supported(config)
-    assert drafters.drafter(config) == drafters.Drafter(max_k=8)
+    assert drafters.drafter(config) == drafters.Drafter(max_k=8, idles=True)
     drafter = {"method": "draft_model", "model": str(localmodel.ensure("draft"))}
     config = engine_config(speculative_config={**drafter, "num_speculative_tokens": 3})
     support.check_supported(config)

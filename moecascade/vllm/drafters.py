@@ -118,8 +118,10 @@ def ladder(config: VllmConfig) -> dict[str, tuple[int, ...]]:
     or for those that `num_speculative_tokens_per_batch_size` names (0.32: `cudagraph_utils`). The
     first has none that drafts of another length than the longest could use.
     """
+    if not second_runner(config):
+        return {}
     mode = config.compilation_config.cudagraph_mode
-    if not second_runner(config) or mode is None or not mode.has_full_cudagraphs():
+    if mode is None or not mode.has_full_cudagraphs():
         return {}
     most = max_k(config)
     assert config.speculative_config is not None
