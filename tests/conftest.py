@@ -11,6 +11,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import hypothesis
 import pytest
 
 from moecascade.cli import app
+from tests.matrix_runs import Runs
 
 # A slow machine is no failure, and a first call may compile or import. The same examples each
 # time: what chance finds must not fail somebody else's change. HYPOTHESIS_PROFILE=explore looks on.
@@ -41,6 +43,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+TINY = pytest.StashKey[Path]()
+MATRIX = pytest.StashKey["Runs"]()
 
 MAX_K = 8
 MAX_LEN = 512
@@ -210,14 +215,37 @@ def stop_engine(engine: Engine) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_models(pytestconfig: pytest.Config) -> Path:
     """The folder of the models of `tests.tiny`."""
+    return _tiny_models(pytestconfig)
+
+
+def _tiny_models(config: pytest.Config) -> Path:
     from moecascade import localmodel
     from tests import tiny
 
-    folder = tmp_path_factory.mktemp("tiny") / "models"
-    tiny.build(folder, localmodel.ensure("draft"))
+    if (folder := config.stash.get(TINY, None)) is None:
+        kept = tempfile.TemporaryDirectory(prefix="moecascade-tests-")
+        config.add_cleanup(kept.cleanup)
+        folder = config.stash[TINY] = Path(kept.name) / "models"
+        tiny.build(folder, localmodel.ensure("draft"))
     return folder
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start what takes minutes and needs one core only, before the tests that ask for it."""
+    if session.config.option.collectonly:
+        return
+    if any(item.path.stem == "test_matrix" for item in session.items):
+        models = _tiny_models(session.config)
+        session.config.stash[MATRIX] = runs = Runs(models, models.parent)
+        session.config.add_cleanup(runs.end)
+
+
+@pytest.fixture(scope="session")
+def matrix_runs(pytestconfig: pytest.Config) -> Runs:
+    """The engines of `tests.matrix`, which have been at work since tests were collected."""
+    return pytestconfig.stash[MATRIX]
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,14 @@ What `docs/compatibility.md` says of a drafter is held by this: *run* is a case 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moecascade.vllm import compat
-from tests import matrix, tiny
+from tests import matrix
+from tests.matrix_runs import Runs
 
 NAMES = [
     f"{runner} {mode} {method}"
@@ -32,29 +28,9 @@ PASSES = {  # which are told how far to draft
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the engines did; both runners at once, each in a process with one thread."""
-    folder = tmp_path_factory.mktemp("matrix")
-    running = {}
-    for runner, *modes in (("first",), ("second", "sync"), ("second", "async")):
-        command = [sys.executable, "-m", "tests.matrix", str(tiny_models), runner, *modes]
-        name = " ".join([runner, *modes])
-        log = (folder / f"{name}.log").open("w")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-        root = Path(__file__).resolve().parent.parent
-        running[name] = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=root, env=environment
-        )
-    found: dict[str, Any] = {}
-    for name, process in running.items():
-        out, _ = process.communicate(timeout=3000)
-        for line in out.splitlines():
-            if line.startswith("{"):
-                case = json.loads(line)
-                found[case.pop("case")] = case
-        found[f"{name} log"] = (folder / f"{name}.log").read_text()[-3000:]
-    found["circles"] = json.loads((tiny_models / tiny.CIRCLES).read_text())
-    return found
+def seen(matrix_runs: Runs) -> dict[str, Any]:
+    """What the engines did."""
+    return matrix_runs.wait()
 
 
 def case_of(seen: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
