@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moecascade.core.marginal.rule import Marginal, MarginalSettings
 from moecascade.core.step import RequestStep, Step
 from moecascade.errors import ConfigError
 from moecascade.replay.player import MIXTRAL_LIKE, ReplayConditions, play, summarise
@@ -336,3 +337,55 @@ def test_drafts_are_read_from_traces(tmp_path: Path, cli: Callable[..., Answer])
     assert (shown.returncode, "has no passes" in shown.stderr) == (2, True)
     shown = cli("replay", path, "--drafter", "eagle")
     assert (shown.returncode, "ngram, recorded" in shown.stderr) == (2, True)
+
+
+class Watched(Marginal):
+    """`marginal`, of which every decode step is kept: its seconds and its tokens."""
+
+    def __init__(self, settings: MarginalSettings, max_k: int) -> None:
+        super().__init__(settings, max_k)
+        self.steps: list[tuple[float, int]] = []
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        if step.seconds is not None:
+            self.steps.append((step.seconds, sum(part.emitted for part in step.requests)))
+
+    def rate(self, begin: int, end: int | None = None) -> float:
+        """Tokens a second of some steps."""
+        some = self.steps[begin:end]
+        return sum(tokens for _, tokens in some) / sum(seconds for seconds, _ in some)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_drafter_that_collapses_is_left_alone_and_taken_up_again(
+    seed: int, late: bool
+) -> None:
+    """Within 2% of no speculation from fifty steps on; half of the gain within two hundred."""
+    rng = random.Random(seed)
+
+    def draft(good: bool) -> int:
+        n = 0
+        while good and n < 8 and rng.random() < 0.8:
+            n += 1
+        return n
+
+    cuts = [0, 1500, 2500, 5000]
+    output = tuple(range(1, cuts[-1] + 1))
+    drafts = [draft(good=not cuts[1] <= at < cuts[2]) for at in range(cuts[-1])]
+    conditions = ReplayConditions(
+        MIXTRAL_LIKE, noise=0.05, seed=seed, recorded=True, pass_cost=0.05, late=late
+    )
+    policy = Watched(MarginalSettings(), 8)
+    play([Trace("r", "t", (0,), output, tuple(drafts))], policy, conditions)
+    off = 1.0 / (0.02 * 1.05)  # tokens a second
+    at, begins = 0, []
+    for i, (_, tokens) in enumerate(policy.steps):
+        begins += [i for cut in cuts[1:3] if at < cut <= at + tokens]
+        at += tokens
+    collapse, recovery = begins
+    gain = policy.rate(0, collapse) / off - 1.0
+    assert gain > 0.1
+    assert policy.rate(collapse + 50, recovery) > 0.98 * off
+    assert policy.rate(recovery + 200) / off - 1.0 > 0.5 * gain
