@@ -118,6 +118,7 @@ def test_a_policy_that_looks_at_drafts_is_not_to_be_had_unseen(
 
 
 @pytest.mark.engine
+@pytest.mark.skipif(matrix.VLLM < (0, 32), reason="CPU builds sample drafts otherwise: see docs")
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(" eagle")])
 def test_sampled_text_has_the_targets_distribution(seen: dict[str, Any], name: str) -> None:
     """At a temperature of 0.8, by place in the answer, with K at random."""
