@@ -1,6 +1,6 @@
 """Train the EAGLE head of the local models, on text that the local model writes itself.
 
-    python scripts/train_eagle.py --out results/eagle          # some 45 minutes on two cores
+    python scripts/train_eagle.py --out results/eagle          # some 30 minutes on two cores
     python scripts/train_eagle.py --conversations 40 --epochs 1 --out /tmp/try   # a try
 
 All local models are the dense one, function for function, so one head drafts for all of them. The

@@ -87,13 +87,16 @@ def on_ladder(
     """
     worth = np.asarray(survival) / np.array(rates)[:, None]
     here = len(lengths)
+    gains = np.zeros((here, worth.shape[1] + 1))  # of drafts of 0, 1, ... tokens
+    np.cumsum(worth, axis=1, out=gains[:, 1:])
+    rows = np.arange(here)
     loose = max(1.0, factor((-1,)))  # of no length that has a graph
     tried = [[0] * here, allot(survival, rates, lengths, requests, costs * loose)]
     if here == requests:
         tried += [[k] * here for k in sorted(ladder) if 0 < k <= min(lengths)]
 
     def surplus(ks: Sequence[int]) -> float:
-        gain = sum(float(row[:k].sum()) for row, k in zip(worth, ks, strict=True))
+        gain = float(gains[rows, list(ks)].sum())
         return gain - requests * (float(costs[sum(ks)]) * factor(ks) - 1.0)
 
     return max(tried, key=surplus)
