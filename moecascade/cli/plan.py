@@ -28,6 +28,8 @@ SHORT = {
     "drafting": "draft",
 }
 """Heads of columns, so that all fit 80."""
+CARDS = typer.Option("--tensor-parallel", metavar="N", min=1, help="Cards that share the model.")
+EXPERT_PARALLEL = typer.Option("--expert-parallel", help="Experts lie whole on the cards.")
 BITS = {"bf16": 16.0, "fp16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.5, "fp4": 4.5}
 
 
@@ -55,13 +57,8 @@ def plan(
             help=f"Of weights: {', '.join(BITS)}; by default what the configuration says.",
         ),
     ] = None,
-    cards: Annotated[
-        int,
-        typer.Option("--tensor-parallel", metavar="N", min=1, help="Cards that share the model."),
-    ] = 1,
-    expert_parallel: Annotated[
-        bool, typer.Option("--expert-parallel", help="Experts lie whole on the cards.")
-    ] = False,
+    cards: Annotated[int, CARDS] = 1,
+    expert_parallel: Annotated[bool, EXPERT_PARALLEL] = False,
     concurrency: Annotated[
         str, typer.Option(metavar="N,...", help="Requests at once.")
     ] = "1,4,16,64",

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moecascade.cli.plan import bits_of
+from moecascade.cli.plan import CARDS, EXPERT_PARALLEL, bits_of
 from moecascade.core import registry
 from moecascade.core.spec import split
 from moecascade.errors import ConfigError
@@ -62,13 +62,8 @@ def simulate(
             metavar="TYPE", help="Of weights, as for 'plan'; of the paper's models the paper's."
         ),
     ] = None,
-    cards: Annotated[
-        int,
-        typer.Option("--tensor-parallel", metavar="N", min=1, help="Cards that share a model."),
-    ] = 1,
-    expert_parallel: Annotated[
-        bool, typer.Option("--expert-parallel", help="Experts lie whole on the cards.")
-    ] = False,
+    cards: Annotated[int, CARDS] = 1,
+    expert_parallel: Annotated[bool, EXPERT_PARALLEL] = False,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Requests at once.")] = 1,
     context: Annotated[int, typer.Option(metavar="N", min=0, help="Tokens of a request.")] = 1024,
     late: Annotated[
