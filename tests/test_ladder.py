@@ -174,3 +174,9 @@ def test_the_ladder_is_what_vllm_captures(
         ),
     )
     assert drafters.ladder(config) == ladder
+
+
+def test_a_request_whose_time_is_dear_drafts_less() -> None:
+    rows, costs = np.array([[0.3, 0.05], [0.3, 0.05]]), np.array(COSTS)
+    for rate, ks in ((1.0, [1, 1]), (2.0, [0, 0])):
+        assert on_ladder(rows, [rate] * 2, [2, 2], 2, costs, LADDER, price(2.0)) == ks
