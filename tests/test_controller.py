@@ -236,16 +236,17 @@ def test_a_request_gets_what_it_asks_for_and_of_bad_options_the_good_ones(
     extra: dict[str, Any] | None, k: int, task: str, faults: list[str]
 ) -> None:
     c, reported = controller()
-    assert c.begin("r", extra) == task
+    assert c.begin("r", extra).task == task
     assert ks(decide(c, ["r"])) == {"r": k}
     assert reported == faults
 
 
-def test_where_requests_may_not_choose_only_their_task_counts() -> None:
+def test_where_requests_may_not_choose_only_task_and_report_count() -> None:
     options = ServerOptions(policy="static:3", request_options=False)
     c = Controller(options, 8, lambda what, how: None)
     asked = {"cascade_policy": "off", "cascade_max_k": 1, "cascade_task": "code"}
-    assert c.begin("r", asked) == "code"
+    granted = c.begin("r", {**asked, "cascade_report": True})
+    assert granted == RequestOptions(task="code", report=True)
     assert ks(decide(c, ["r"])) == {"r": 3}
 
 
@@ -254,7 +255,8 @@ def test_a_request_whose_policy_cannot_be_made_runs_under_the_server_s(
 ) -> None:
     monkeypatch.setattr(faulty, "__init__", lambda self, settings, max_k: 1 // 0)
     c, faults = controller()
-    assert c.begin("r", {"cascade_policy": "faulty", "cascade_max_k": 2}) == ""
+    granted = c.begin("r", {"cascade_policy": "faulty", "cascade_max_k": 2})
+    assert granted == RequestOptions(max_k=2)
     assert faults == ["policies"]
     assert ks(decide(c, ["r"])) == {"r": 2}
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
+from starlette.middleware import Middleware as Using
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from moecascade.vllm.http import ValidateOptions
+from moecascade.vllm.http import Middleware
 
 JSON = {"content-type": "application/json; charset=utf-8"}
 
@@ -28,12 +28,13 @@ async def echo(request: Request) -> Response:
 def client() -> TestClient:
     app = Starlette(
         routes=[Route("/v1/completions", echo, methods=["GET", "POST"])],
-        middleware=[Middleware(ValidateOptions)],
+        middleware=[Using(Middleware)],
     )
     text = SimpleNamespace(num_experts=8, num_experts_per_tok=4)
     app.state.vllm_config = SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=8, method="eagle"),
-        model_config=SimpleNamespace(hf_text_config=text),
+        model_config=SimpleNamespace(hf_text_config=text, served_model_name="m"),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
         additional_config={"cascade": {"options": {"cascade": {"set_steps": 32}}}},
         scheduler_config=SimpleNamespace(async_scheduling=False),
     )
@@ -47,7 +48,7 @@ def test_a_policy_that_has_to_see_drafts_is_refused_where_they_are_not_shown(
     assert client.post("/v1/completions", json=body).status_code == 200
     app: Any = client.app
     app.state.vllm_config.scheduler_config.async_scheduling = True
-    fresh = TestClient(Starlette(routes=app.routes, middleware=[Middleware(ValidateOptions)]))
+    fresh = TestClient(Starlette(routes=app.routes, middleware=[Using(Middleware)]))
     fresh.app.state.vllm_config = app.state.vllm_config  # type: ignore[attr-defined]
     answer = fresh.post("/v1/completions", json=body)
     assert answer.status_code == 400
@@ -141,7 +142,7 @@ def test_what_is_no_json_is_passed_on_without_waiting_for_any_of_it() -> None:
         pass
 
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"audio/wav")]}
-    asyncio.run(ValidateOptions(app)(scope, receive, send))
+    asyncio.run(Middleware(app)(scope, receive, send))
     assert began == ["the application"]
 
 

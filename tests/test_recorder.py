@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moecascade.core.options import ServerOptions
+from moecascade.core.options import RequestOptions, ServerOptions
 from moecascade.core.step import Decision, Expectation, RequestStep, Step
 from moecascade.errors import ConfigError
 from moecascade.telemetry import step_log, traces
@@ -67,12 +67,13 @@ def test_the_time_of_deciding_and_of_the_handover_is_counted_until_it_is_taken()
 
 def recorder(folder: Path, *logs: str) -> tuple[Recorder, list[str]]:
     faults: list[str] = []
-    options = ServerOptions(trace_tokens=True, **{log: str(folder / log) for log in logs})  # type: ignore[arg-type]
+    paths: dict[str, Any] = {log: str(folder / log) for log in logs}
+    options = ServerOptions(trace_tokens=True, metrics=False, **paths)
     return Recorder(options, lambda what, _how: faults.append(what)), faults
 
 
 def record(made: Recorder) -> None:
-    made.begin("a", "code", [1, 2])
+    made.begin("a", RequestOptions(task="code"), [1, 2], "cascade")
     decisions = {"a": Decision("a", 3, "test", Expectation(1.5, None, 0.02, {"phase": "test"}))}
     made.step(STEP, decisions, lambda r: r * 2, (0.1, 0.2))
     made.end("a")
@@ -81,7 +82,7 @@ def record(made: Recorder) -> None:
 
 def test_what_was_expected_is_logged_as_it_was_decided(tmp_path: Path):
     made, faults = recorder(tmp_path, "step_log", "trace_log")
-    assert made.logs_steps
+    assert made.wants_reasons()
     record(made)
     (line,) = step_log.read(tmp_path / "step_log")
     a, b = line["requests"]
@@ -104,7 +105,7 @@ def test_what_was_expected_is_logged_as_it_was_decided(tmp_path: Path):
 
 def test_without_logs_nothing_is_written_nor_asked(tmp_path: Path):
     made, faults = recorder(tmp_path)
-    assert not made.logs_steps
+    assert not any(made.wants_reasons() for _ in range(100))
     record(made)
     made.close()
     assert list(tmp_path.iterdir()) == []
@@ -121,15 +122,22 @@ def test_a_log_that_cannot_be_written_is_given_up_once_and_the_other_goes_on(
 
     made, faults = recorder(tmp_path, "step_log", "trace_log")
     kept: Any = {"step_log": made._steps, "trace_log": made._traces}[full]
-    kept.log = Full()
+    kept.it = Full()
     for _ in range(3):
         record(made)
     made.close()
     assert faults == [full]
-    assert made.logs_steps is (full != "step_log")
+    assert made.wants_reasons() is (full != "step_log")
     other = {"step_log": "trace_log", "trace_log": "step_log"}[full]
     assert len((tmp_path / other).read_text().splitlines()) == 3
     assert (tmp_path / full).read_text() == ""
+
+
+def test_traces_are_for_their_owner_alone(tmp_path: Path):
+    made, _ = recorder(tmp_path, "step_log", "trace_log")
+    record(made)
+    made.close()
+    assert (tmp_path / "trace_log").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("log", ["step_log", "trace_log"])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -26,6 +23,7 @@ from moecascade.evaluation.report.roles import HINDSIGHT
 from moecascade.evaluation.report.speedups import compare
 from moecascade.evaluation.report.statistics import Speedup
 from moecascade.evaluation.request_record import AtK, Engine, Row
+from tests.browser import dumped
 from tests.rows import ENGINE, ROW, row
 
 POLICIES = ("off", "vllm", "static:1", "static:3", "static:8", "cascade", "marginal", "bandit")
@@ -432,17 +430,6 @@ window.addEventListener("load", () => {
 """
 
 
-def browser() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        lacking = "no Chromium; on Debian: apt install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(lacking)
-        pytest.skip(lacking)
-    return path
-
-
 @pytest.mark.parametrize(("width", "least"), [(400, 8.0), (1280, 9.0)])
 def test_a_browser_shows_it_on_phones_and_screens(page: Path, width: int, least: float) -> None:
     copy = page.with_name(f"measured-{width}.html")
@@ -456,30 +443,10 @@ def test_a_browser_shows_it_on_phones_and_screens(page: Path, width: int, least:
         "<script>f.onload = () => setTimeout(() => document.title = f.contentDocument.title, 300)"
         "</script>"
     )
-    answer = subprocess.run(
-        [
-            browser(),
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--allow-file-access-from-files",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=4000",
-            "--window-size=1400,1000",
-            f"--user-data-dir={page.parent / f'profile-{width}'}",
-            "--dump-dom",
-            frame.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    console = [line for line in answer.stderr.splitlines() if "CONSOLE" in line]
+    shown, console = dumped(frame.as_uri(), page.parent / f"profile-{width}")
     assert console == []
-    match = re.search(r"FACTS(\{.*?\})", answer.stdout)
-    assert match, answer.stdout[:500]
+    match = re.search(r"FACTS(\{.*?\})", shown)
+    assert match, shown[:500]
     facts = json.loads(match.group(1).replace("&quot;", '"'))
     assert facts["width"] == width
     assert facts["page"] <= width  # nothing sticks out: wide tables scroll within themselves

@@ -53,6 +53,10 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Append a JSON line for each engine step to FILE."),
     ] = None,
+    live_page: Annotated[
+        bool,
+        typer.Option("--live-page", help="Show at /cascade what running requests do, to whoever."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")
     ] = False,
@@ -85,6 +89,7 @@ def serve(
         policy=policy,
         max_k=max_k,
         step_log=step_log,
+        live_page=live_page,
         local_name=local_name,
         ladder=None if ladder is None else numbers("--ladder", ladder, int),
     )

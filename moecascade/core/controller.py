@@ -78,10 +78,15 @@ class Controller:
         """Return how many requests are known."""
         return len(self._group_of)
 
+    @property
+    def policies(self) -> int:
+        """How many policies are kept, each with what it has learnt."""
+        return len(self._groups)
+
     def begin(
         self, request_id: str, extra_args: Mapping[str, Any] | None, prompt: Sequence[int] = ()
-    ) -> str:
-        """A request begins, as its ``vllm_xargs`` ask; return its task, for traces.
+    ) -> RequestOptions:
+        """A request begins, as its ``vllm_xargs`` ask; return what they ask and may.
 
         What cannot be granted is a fault, and the rest of it is done: `moecascade.vllm.http`
         refuses such requests where it is installed, here it is too late for that.
@@ -92,13 +97,14 @@ class Controller:
             self._on_fault("request options", f"{error}; the request runs without this one")
             asked = valid_request_options(extra_args, self._max_k, self.settings_of)
         if not self._options.request_options:
-            asked = RequestOptions(task=asked.task)
+            asked = RequestOptions(task=asked.task, report=asked.report)
         try:
             self.add(request_id, asked, prompt)
         except ConfigError as error:
             self._on_fault("policies", f"{error}; the request runs under the server's policy")
-            self.add(request_id, replace(asked, policy=None), prompt)
-        return asked.task
+            asked = replace(asked, policy=None)
+            self.add(request_id, asked, prompt)
+        return asked
 
     def add(self, request_id: str, asked: RequestOptions, prompt: Sequence[int] = ()) -> None:
         """A request begins under the policy that it asked for, or the server's.

@@ -149,6 +149,11 @@ class Shape:
         if self.steps < SETTLED or self.steps % REDRAWN_EVERY == 0:
             self._drawn = None
 
+    def measured(self) -> list[tuple[int, float, float]]:
+        """Return buckets of positions, what a step took there in units, and how many weigh in."""
+        times = [ratio * float(self._prior(middle(near))) for near, ratio in self._ratio.items()]
+        return list(zip(self._ratio, times, self._weight.values(), strict=True))
+
     def _reach(self, most: int) -> None:
         """Let the curve reach `most` positions."""
         self._positions: Array = np.arange(1.0, most + 1.0, dtype=np.float64)
@@ -346,6 +351,11 @@ class CostModel:
         unit = self._level.unit
         expected = self._expected(positions) * self._loose.of(ks) + self._passes.cost * passes
         return None if unit is None else unit * expected
+
+    def measured(self) -> list[tuple[int, float, float]]:
+        """Return what was measured: buckets of positions, seconds at the present level, steps."""
+        unit = self._level.unit or 0.0
+        return [(near, unit * time, steps) for near, time, steps in self._shape.measured()]
 
     def _expected(self, positions: int) -> float:
         """Return the units that a step without passes should take."""

@@ -1,8 +1,8 @@
 """What a server's configuration and a single request may ask for.
 
 Server: the mapping under ``"cascade"`` in vLLM's ``--additional-config``. Request: the entries
-``cascade_policy``, ``cascade_max_k`` and ``cascade_task`` of ``vllm_xargs`` (HTTP) or
-``SamplingParams.extra_args``.
+``cascade_policy``, ``cascade_max_k``, ``cascade_task`` and ``cascade_report`` of ``vllm_xargs``
+(HTTP) or ``SamplingParams.extra_args``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class ServerOptions:
         trace_log: File to write a line a request to (schema `telemetry.traces`), or "" for none.
         trace_tokens: Whether traces hold token ids. They are what users and model said.
         trace_drafts: Whether traces hold what the drafter proposed, where drafts are seen.
+        metrics: Whether the engine counts what it does, for ``/metrics``, reports and the log.
+        log_seconds: Seconds between two lines in the log while requests run, 0 for no lines.
+        live_page: Whether the API server shows ``/cascade``.
     """
 
     policy: str = "marginal"
@@ -45,6 +48,17 @@ class ServerOptions:
     trace_log: str = ""
     trace_tokens: bool = False
     trace_drafts: bool = False
+    metrics: bool = True
+    log_seconds: float = 10.0
+    live_page: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what depends on each other; ConfigError names the key and what is allowed."""
+        where = f'additional_config["{CONFIG_KEY}"]'
+        if not self.log_seconds >= 0:
+            raise ConfigError(f"{where}: log_seconds must be at least 0, got {self.log_seconds}")
+        if self.live_page and not self.metrics:
+            raise ConfigError(f'{where}: live_page needs metrics; leave out "metrics": false')
 
     def settings_of(self, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of a policy: what is known of the model, and what is configured.
@@ -64,11 +78,13 @@ class RequestOptions:
         policy: Spec of its policy, None for the server's.
         max_k: Cap on K, None for the engine's; 0 switches speculation off.
         task: What kind of request it is, for traces.
+        report: Whether its answer is to say what speculation did for it.
     """
 
     policy: str | None = None
     max_k: int | None = None
     task: str = ""
+    report: bool = False
 
 
 def server_options(
@@ -150,7 +166,7 @@ def request_options(
     asked = {k: v for k, v in (extra_args or {}).items() if k.startswith(REQUEST_PREFIX)}
     if not asked:
         return RequestOptions()
-    allowed = ("cascade_policy", "cascade_max_k", "cascade_task")
+    allowed = ("cascade_policy", "cascade_max_k", "cascade_task", "cascade_report")
     for key in asked:
         if key not in allowed:
             raise ConfigError(
@@ -176,7 +192,10 @@ def request_options(
     task = asked.get("cascade_task", "")
     if not isinstance(task, str):
         raise ConfigError(f"vllm_xargs: cascade_task must be a text, got {task!r}")
-    return RequestOptions(policy, cap, task)
+    report = asked.get("cascade_report", False)
+    if report not in (False, True):  # 0 and 1 as well: vLLM 0.29 takes no booleans here
+        raise ConfigError(f"vllm_xargs: cascade_report must be true or false, got {report!r}")
+    return RequestOptions(policy, cap, task, bool(report))
 
 
 def valid_request_options(
@@ -193,5 +212,6 @@ def valid_request_options(
                 one.policy or found.policy,
                 found.max_k if one.max_k is None else one.max_k,
                 one.task or found.task,
+                one.report or found.report,
             )
     return found

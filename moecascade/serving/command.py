@@ -37,7 +37,7 @@ LADDER = (0, 1, 2, 3, 5, 8)
 time at start and memory."""
 
 SCHEDULER = "moecascade.vllm.Scheduler"
-MIDDLEWARE = "moecascade.vllm.http.ValidateOptions"
+MIDDLEWARE = "moecascade.vllm.http.Middleware"
 ANY_HOST = "0.0.0.0"  # noqa: S104 -- recognised, not bound
 LOCAL_MAX_MODEL_LEN = 4096
 CPU_CACHE_GIB = {True: 2, False: 4}
@@ -85,6 +85,7 @@ def plan(
     step_log: Path | None = None,
     trace_log: Path | None = None,
     trace_drafts: bool = False,
+    live_page: bool = False,
     local_name: str | None = None,
     ladder: Sequence[int] | None = None,
 ) -> Launch:
@@ -98,6 +99,7 @@ def plan(
         step_log: File for the plugin's step log.
         trace_log: File for the plugin's traces, with token ids.
         trace_drafts: Whether they hold what the drafter proposed, which it is then made to show.
+        live_page: Whether the server shows ``/cascade``.
         local_name: The name of our local model that lives in the folder `model`, if it is one.
         ladder: Draft lengths for which vLLM is to capture whole CUDA graphs, none for its own
             choice; None for `LADDER` where there are such graphs.
@@ -124,7 +126,8 @@ def plan(
         _check_supported(flags)
         ours += _scheduling(flags, arguments, policy, trace_drafts)
     logs = {"step_log": step_log, "trace_log": trace_log}
-    ours += _plugin(flags, policy, max_k, logs, trace_drafts)
+    switches = {"trace_drafts": trace_drafts, "live_page": live_page}
+    ours += _plugin(flags, policy, max_k, logs, switches)
     return _launch(model, flags, [*ours, *arguments], local_name)
 
 
@@ -315,12 +318,13 @@ def _plugin(
     policy: str | None,
     max_k: int | None,
     logs: Mapping[str, Path | None],
-    trace_drafts: bool,
+    switches: Mapping[str, bool],
 ) -> list[str]:
     """Return the flags that switch the plugin on and configure it; check what was asked of it."""
     named = {f"--{name.replace('_', '-')}": path for name, path in logs.items()}
     chosen = {"--policy": policy, **named}
     asked = [f"{name} {value}" for name, value in chosen.items() if value is not None]
+    asked += ["--live-page"] if switches["live_page"] else []
     if "scheduler-cls" in flags:
         if asked:
             raise ConfigError(
@@ -351,8 +355,7 @@ def _plugin(
     config |= {name: str(path.absolute()) for name, path in logs.items() if path is not None}
     if logs.get("trace_log") is not None:
         config["trace_tokens"] = True
-    if trace_drafts:
-        config["trace_drafts"] = True
+    config |= {name: True for name, on in switches.items() if on}
     server_options({CONFIG_KEY: config}, longest)
     return [*switch, "--additional-config", to_json({CONFIG_KEY: config})] if config else switch
 

@@ -46,11 +46,15 @@ def json_line(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-def open_to_append(path: Path) -> TextIO:
+def open_to_append(path: Path, private: bool = False) -> TextIO:
     """Open a file of JSON Lines to append to; it is created with its folder where it is missing.
 
     A last line that was cut is dropped, for what is appended to it would be lost with it. One that
     only lacks its line end is kept.
+
+    Args:
+        path: The file.
+        private: Whether nobody but its owner may read it, if it is created.
 
     Raises:
         OSError: The file cannot be opened.
@@ -65,6 +69,8 @@ def open_to_append(path: Path) -> TextIO:
         logger.warning("%s: its last line was cut; it is dropped", path)
         os.truncate(path, whole)
         last = b""
+    if private:
+        path.touch(mode=0o600)
     file = path.open("a", encoding="utf-8")
     if last:
         file.write("\n")

@@ -128,7 +128,7 @@ class TraceLog:
 
     def __init__(self, path: str | Path, tokens: bool, drafts: bool = False) -> None:
         """Open the file."""
-        self._file: TextIO = open_to_append(Path(path))
+        self._file: TextIO = open_to_append(Path(path), private=True)
         self._tokens = tokens
         self._drafts = drafts
         self._open: dict[str, _Open] = {}

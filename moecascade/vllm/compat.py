@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
     from vllm.v1.request import Request
@@ -39,6 +40,23 @@ def second_runner_is_told() -> bool:
     """Return whether the second model runner tells drafters how far to draft: since 0.32."""
     found = installed_version()
     return found is not None and numbers(found[1]) >= (0, 32)
+
+
+def engine_number(config: VllmConfig) -> int:
+    """Return an engine's number among those that one server has."""
+    parallel = config.parallel_config
+    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+
+
+def engines(config: VllmConfig) -> int:
+    """Return how many engines a server has, those on other machines included."""
+    return int(config.parallel_config.data_parallel_size)
+
+
+def model_name(config: VllmConfig) -> str:
+    """Return the name by which requests ask for the model."""
+    served = config.model_config.served_model_name
+    return str(served if isinstance(served, str) else served[0])
 
 
 def extra_args(request: Request) -> Mapping[str, Any] | None:

@@ -20,8 +20,10 @@ goes on without what failed; a draft that nobody decided about is not verified.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VllmAsyncScheduler
@@ -33,6 +35,7 @@ from moecascade.core.step import Decision, Proposal, RequestStep, Step
 from moecascade.telemetry.recorder import Recorder
 from moecascade.vllm import compat, drafters, support
 from moecascade.vllm.clock import StepClock
+from moecascade.vllm.link import Link
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -76,7 +79,9 @@ class Scheduler(VllmScheduler):
         options = server_options(config.additional_config, self._max_k, facts, shows_drafts)
         self.controller = Controller(options, self._max_k, self._report, facts, shows_drafts)
         self._clock = StepClock()
-        self._recorder = Recorder(options, self._report)
+        say = partial(support.logger.info, "moecascade: %s")
+        self._recorder = Recorder(options, self._report, facts, say)
+        self._link = self._safely(self._linked) if options.metrics else None
         support.logger.info("moecascade: policy %r, K from 0 to %d", options.policy, self._max_k)
 
     # ---- what the engine calls, in the order of a step -------------------------------------------
@@ -133,15 +138,28 @@ class Scheduler(VllmScheduler):
     def shutdown(self) -> None:
         """Close our logs as well."""
         self._recorder.close()
+        if self._link is not None:
+            self._link.close()
         super().shutdown()
 
     # ---- translation -----------------------------------------------------------------------------
 
+    def _linked(self) -> Link | None:
+        """Answer API servers, where this process was started by one or beside one."""
+        if multiprocessing.parent_process() is None:
+            return None
+
+        def answer(question: Mapping[str, Any]) -> Any:
+            return self._recorder.answer(question, self.controller.policies)
+
+        return Link(compat.engine_number(self.vllm_config), answer)
+
     def _begin(self, request: Request) -> None:
         self._forget_ended()  # one of them may have had the same name
         prompt = compat.prompt_tokens(request)
-        task = self.controller.begin(request.request_id, compat.extra_args(request), prompt)
-        self._recorder.begin(request.request_id, task, prompt)
+        asked = self.controller.begin(request.request_id, compat.extra_args(request), prompt)
+        spec = self.controller.spec(request.request_id)
+        self._recorder.begin(request.request_id, asked, prompt, spec)
 
     def _forget_ended(self) -> None:
         while self._ended:
@@ -203,7 +221,8 @@ class Scheduler(VllmScheduler):
 
     def _decide(self, proposals: Sequence[Proposal]) -> dict[str, Decision]:
         """Return the policies' decisions; they hold for the next step of each request."""
-        decided = self.controller.decide(proposals, explain=self._recorder.logs_steps)
+        self._recorder.propose(proposals)
+        decided = self.controller.decide(proposals, explain=self._recorder.wants_reasons())
         self._decisions.update(decided)
         return decided
 
@@ -220,6 +239,7 @@ class Scheduler(VllmScheduler):
     def _report(self, what: str, message: str) -> None:
         """Count a fault; log the first of its kind."""
         self.cascade_faults[what] += 1
+        self._recorder.fault(what)
         if self.cascade_faults[what] == 1:
             support.logger.warning("moecascade: %s: %s (logged once)", what, message)
 
@@ -248,7 +268,6 @@ class SyncScheduler(Scheduler):
             request = self.requests.get(request_id)
             if request is not None and not request.is_prefill_chunk and not request.is_finished():
                 proposals.append(Proposal(request_id, self._usable(tokens, request)))
-        self._recorder.propose(proposals)
         decided = self._decide(proposals)
         drafts: dict[str, list[int]] = {request_id: [] for request_id in proposed.req_ids}
         for proposal in proposals:
