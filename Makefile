@@ -1,6 +1,6 @@
 # Everything sets itself up: a virtual environment in .venv, the local model in the user's cache.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-matrix mutation bench bench-decision bench-gpu fmt clean
+.PHONY: help setup demo test test-fast test-matrix mutation bench bench-decision bench-gpu soak fmt clean
 
 BIN := .venv/bin
 
@@ -39,6 +39,9 @@ bench-decision: setup  ## print how long a decision takes
 
 bench-gpu: setup  ## what a GPU can tell: step times, lossless text, policies, report (ARGS=--tiny: on CPUs)
 	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
+
+soak: setup  ## serve under all that clients do to it, and say what came of it (MINUTES=30)
+	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
 
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff format

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message
 
 from moecascade import localmodel
+from moecascade.core.controller import MOST_SPECS
 from moecascade.core.options import CONFIG_KEY
 from moecascade.core.step import Decision, Expectation
 from moecascade.serving import command, server
@@ -399,6 +400,63 @@ def test_words_say_what_decided():
     tried = Decision("r", 3, "test", Expectation(1.25))
     assert live.in_words(tried, 1) == "K = 3 (test, utility 1.25 so far)."
     assert live.in_words(Decision("r", 0, "fault"), 1) == "K = 0 (fault)."
+
+
+# ---- what clients may try ------------------------------------------------------------------------
+
+DEEP: Any = 1
+for _ in range(500):
+    DEEP = [DEEP]
+
+HOSTILE: list[Any] = [
+    {"cascade_policy": "x" * 1_000_000},
+    {"cascade_policy": "static:" + "9" * 100_000},
+    {"cascade_policy": "static:-1"},
+    {"cascade_policy": "cascade[" * 10_000},
+    {"cascade_policy": "../../etc/passwd"},
+    {"cascade_policy": "os:system[x=1]"},
+    {"cascade_policy": ["marginal"]},
+    {"cascade_max_k": 10**400},
+    {"cascade_max_k": -1},
+    {"cascade_max_k": 1.5},
+    {"cascade_max_k": "3"},
+    {"cascade_max_k": float("nan")},
+    {"cascade_max_k": float("inf")},
+    {"cascade_max_k": {"a": {"b": {}}}},
+    {"cascade_report": "yes" * 1000},
+    {"cascade_report": DEEP},
+    {"cascade_task": ["a"] * 100_000},
+    {"cascade_" + "k" * 100_000: 1},
+    {f"cascade_{n}": n for n in range(10_000)},
+    "cascade_policy",
+    ["cascade_policy", "off"],
+]
+
+
+@pytest.mark.engine
+def test_whatever_a_client_writes_is_refused_or_served_and_no_fault(operated: Operated):
+    url, body = f"{operated.url}/v1/completions", {"model": "local", "prompt": "a", "max_tokens": 2}
+    for xargs in HOSTILE:
+        text = json.dumps({**body, "vllm_xargs": xargs})
+        answer = httpx.post(url, content=text, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, str(xargs)[:80]
+        assert len(answer.text) < 5000, str(xargs)[:80]
+    assert operated.value("faults_total") == 0
+
+
+@pytest.mark.engine
+def test_many_different_policies_leave_few_behind_and_every_request_is_served(operated: Operated):
+    def ask(n: int) -> int:
+        xargs = {"cascade_policy": f"cascade[set_steps={n + 1}]"}
+        body = {"model": "local", "prompt": "a", "max_tokens": 1, "vllm_xargs": xargs}
+        return httpx.post(f"{operated.url}/v1/completions", json=body, timeout=300).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(ask, range(200))) == {200}
+    assert operated.value("policies") <= MOST_SPECS
+    assert operated.value("requests_running") == 0
+    assert operated.value("requests_total", policy="other") >= 200
+    assert operated.value("faults_total") == 0
 
 
 # ---- reports, without a server -------------------------------------------------------------------

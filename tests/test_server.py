@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -317,6 +320,56 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("what", ["sigterm", "engine killed"])
+def test_a_server_that_ends_while_requests_run_leaves_nothing(tmp_path: Path, mark: str, what: str):
+    port, log = server.free_port(), (tmp_path / "log").open("w")
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4", "--live-page"]
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    with subprocess.Popen(
+        [sys.executable, "-m", "moecascade", "serve", "local", *flags],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(f"{url}/health"), 300)
+        body = {"model": "local", "prompt": "1, 2, 3,", "max_tokens": 2000, "ignore_eos": True}
+        with ThreadPoolExecutor(3) as pool:
+            asked = [
+                pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=120)
+                for _ in range(3)
+            ]
+            wait_until(lambda: 'k="0"' in httpx.get(f"{url}/metrics").text, 60)
+            if what == "sigterm":
+                process.send_signal(signal.SIGTERM)
+            else:
+                family = psutil.Process(process.pid).children(recursive=True)
+                (core,) = [p for p in family if "EngineCore" in " ".join(p.cmdline())]
+                core.kill()
+            try:
+                process.wait(90)
+            finally:
+                process.kill()  # it has ended, or the test has failed
+            for one in asked:  # each gets an answer, cut short, or an error, and none waits on
+                assert one.exception(60) is not None or one.result().is_error or cut(one.result())
+    wait_until(lambda: marked(mark) == [], PATIENCE)
+    server.check_port("127.0.0.1", port)
+    left = {path.name for path in set(Path(tempfile.gettempdir()).iterdir()) - before}
+    assert not [name for name in left if "cascade" in name]
+
+
+def cut(answer: httpx.Response) -> bool:
+    return bool(answer.json()["usage"]["completion_tokens"] < 2000)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 @pytest.mark.engine

@@ -349,11 +349,11 @@ def test_a_log_that_cannot_be_written_is_given_up_which_costs_no_drafts(
         observe(step)
 
     kept = getattr(engine.scheduler._recorder, {"step_log": "_steps", "trace_log": "_traces"}[log])
-    monkeypatch.setattr(kept, "log", Full())
+    monkeypatch.setattr(kept, "it", Full())
     monkeypatch.setattr(engine.scheduler.controller, "observe", watched)
     assert engine.generate(PROMPTS[:2], policy("static:3")) == reference
     assert sum(part.drafted for step in observed for part in step.requests) > 0
-    assert kept.log is None  # given up with the first fault
+    assert kept.it is None  # given up with the first fault
     assert engine.scheduler.cascade_faults.pop(log) == 1
 
 

@@ -28,6 +28,9 @@ from moecascade.errors import ConfigError
 MOST_SPECS = 32
 """Policies kept at once. Learning takes one 10 MB, in time 30, and requests may ask for any."""
 
+SLOW = 0.02  # seconds that a policy may take for a step now and then, but not always
+MOST_SLOW = 8  # such steps, less those that were not, after which a policy is retired
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -40,6 +43,14 @@ class _Group:
     spec: str
     policy: Policy
     members: set[str]
+    spent: float = 0.0  # seconds, since it was last asked to decide
+    slow: int = 0  # steps that took too long, less those that did not
+
+    def is_too_slow(self) -> bool:
+        """Judge what it took for the last step."""
+        self.slow = self.slow + 1 if self.spent > SLOW else max(0, self.slow - 1)
+        self.spent = 0.0
+        return self.slow >= MOST_SLOW
 
 
 class Controller:
@@ -53,6 +64,7 @@ class Controller:
             (``experts``, ``top_k``). What the user configures comes first.
         shows_drafts: Whether proposals have tokens; policies that have to see them are refused
             where they have not.
+        now: Gives the time in seconds, so that a policy that takes too long is found out.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class Controller:
         on_fault: Callable[[str, str], None],
         facts: Mapping[str, Any] | None = None,
         shows_drafts: bool = True,
+        now: Callable[[], float] = float,
     ) -> None:
         """Make the server's default policy, so that bad configuration shows now."""
         self._options = options
@@ -69,6 +82,7 @@ class Controller:
         self._on_fault = on_fault
         self._facts = facts or {}
         self._shows_drafts = shows_drafts
+        self._now = now
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group | None] = {}
         self._caps: dict[str, int] = {}  # of the requests that have one of their own
@@ -149,7 +163,12 @@ class Controller:
         """
         decisions: dict[str, Decision] = {}
         for group, asked in self._by_group(proposals, [p.request_id for p in proposals]):
-            made = group and self._guarded(group, _decisions, group, asked, self._max_k)
+            slow = group is not None and group.is_too_slow()
+            if group and slow:
+                self._retire(group, f"it takes more than {SLOW * 1000:.0f} ms a step")
+            made = (
+                group and not slow and self._guarded(group, _decisions, group, asked, self._max_k)
+            )
             if group and made and explain:
                 made = self._explained(group, made)
             decisions |= made or {p.request_id: Decision(p.request_id, 0, "fault") for p in asked}
@@ -238,17 +257,24 @@ class Controller:
 
     def _guarded(self, group: _Group, call: Callable[P, R], *a: P.args, **k: P.kwargs) -> R | None:
         """Return what `call` returns; where it raises, retire the policy object and return None."""
+        began = self._now()
         try:
             return call(*a, **k)
         except Exception as fault:  # noqa: BLE001 -- no fault of a policy may reach the engine
-            # Its state can no longer be trusted: its requests go on without, the next ones get a
-            # fresh object.
-            for member in group.members:
-                self._group_of[member] = None
-            self._groups.pop(group.spec, None)
-            what = f"policy {group.spec!r}"
-            self._on_fault(what, f"{fault!r}; its requests go on without drafts")
+            self._retire(group, repr(fault))
             return None
+        finally:
+            group.spent += self._now() - began
+
+    def _retire(self, group: _Group, why: str) -> None:
+        """Use a policy object no more; its state can no longer be trusted.
+
+        Its requests go on without drafts, the next ones get a fresh object.
+        """
+        for member in group.members:
+            self._group_of[member] = None
+        self._groups.pop(group.spec, None)
+        self._on_fault(f"policy {group.spec!r}", f"{why}; its requests go on without drafts")
 
 
 def _decisions(group: _Group, proposals: Sequence[Proposal], max_k: int) -> dict[str, Decision]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from moecascade.core.cost import CostModel
 from moecascade.core.options import RequestOptions
-from moecascade.core.step import Decision, Proposal, Step, matching_prefix
+from moecascade.core.step import Decision, Proposal, RequestStep, Step, matching_prefix
 from moecascade.core.utility import cost_share
 
 PREFIX = "moecascade:"
@@ -159,6 +159,15 @@ class Part:
     draft: Sequence[int] = ()
     wanted: bool = False
 
+    def add(self, said: RequestStep) -> None:
+        """Count what a step did for it."""
+        self.steps += 1
+        self.off += not said.drafted
+        self.drafted += said.drafted
+        self.accepted += said.accepted
+        self.emitted += said.emitted
+        self.draft = ()
+
     @property
     def speedup(self) -> float | None:
         """Estimated speed-up over no speculation; None where no decode step was timed."""
@@ -215,11 +224,26 @@ class Totals:
 class _Sums:
     """What one step adds to a policy's counters."""
 
-    ks: Counter[int] = field(default_factory=Counter)
-    accepted: int = 0
+    drafts: Counter[tuple[int, int]] = field(default_factory=Counter)  # verified, accepted
+    reasons: Counter[str] = field(default_factory=Counter)
+    utilities: list[float] = field(default_factory=list)  # expected
+    shadows: Counter[int] = field(default_factory=Counter)  # whether the first token was right
     emitted: int = 0
     spent: float = 0.0
     baseline: float = 0.0
+
+    def decided(self, decision: Decision) -> None:
+        """Count a decision that was in force."""
+        self.reasons[decision.why] += 1
+        if decision.expected is not None and decision.expected.utility is not None:
+            self.utilities.append(decision.expected.utility)
+
+    def charge(self, part: Part, spent: float, baseline: float) -> None:
+        """Charge a request and its policy."""
+        part.spent += spent
+        part.baseline += baseline
+        self.spent += spent
+        self.baseline += baseline
 
 
 class Metrics:
@@ -294,20 +318,7 @@ class Metrics:
         self._add("handover_seconds", (), seconds[1])
         self.totals.controller += seconds[0]
         self.totals.seconds += step.seconds or 0.0
-        baseline = self._timed(step)
-        self._share(step, baseline)
-        reasons = Counter(
-            (part.policy, decision.why)
-            for request_id, decision in decisions.items()
-            if (part := self.parts.get(request_id)) is not None
-        )
-        for (policy, reason), times in reasons.items():
-            self._add("decisions", (policy, self._reason(reason)), times)
-        for request_id, decision in decisions.items():
-            said = decision.expected
-            part = self.parts.get(request_id)
-            if part is not None and said is not None and said.utility is not None:
-                self._observe("utility_expected", (part.policy,), said.utility)
+        self._share(step, decisions, self._timed(step))
 
     def end(self, request_id: str) -> None:
         """A request ended, however it ended. Unknown names are ignored."""
@@ -342,9 +353,10 @@ class Metrics:
         self._plain["baseline_step_seconds"][()] = baseline or 0.0
         return baseline
 
-    def _share(self, step: Step, baseline: float | None) -> None:
+    def _share(self, step: Step, decisions: Mapping[str, Decision], baseline: float | None) -> None:
         """Count what a step did for each request, and for each policy."""
         n, drafts = len(step.requests), sum(part.drafted for part in step.requests)
+        costs: dict[int, float] = {}  # by drafts: a large batch has few different numbers
         sums: dict[str, _Sums] = {}
         for said in step.requests:
             part = self.parts.get(said.request_id)
@@ -352,56 +364,53 @@ class Metrics:
                 continue
             if (of := sums.get(part.policy)) is None:
                 of = sums[part.policy] = _Sums()
-            drafted, accepted = said.drafted, said.accepted
-            part.steps += 1
-            part.off += not drafted
-            part.drafted += drafted
-            part.accepted += accepted
-            part.emitted += said.emitted
-            of.ks[drafted] += 1
-            of.accepted += accepted
+            drafted = said.drafted
+            of.drafts[drafted, said.accepted] += 1
             of.emitted += said.emitted
-            if drafted:
-                self._place(drafted, accepted)
-            elif part.draft and said.tokens:
-                self._add("shadow_drafts", (part.policy,))
-                right = matching_prefix(part.draft[:1], said.tokens)
-                self._add("shadow_drafts_right", (part.policy,), right)
-            part.draft = ()
-            if baseline is not None and step.seconds is not None:
-                if drafts:
-                    shared = cost_share(step.seconds, baseline, n, drafted, drafts)
-                    spent, without = baseline * shared, baseline * said.emitted
-                else:  # nothing to tell apart, unless a drafter was at work all the same
-                    spent, without = step.seconds, baseline if step.passes else step.seconds
-                part.spent += spent
-                part.baseline += without
-                of.spent += spent
-                of.baseline += without
+            if not drafted and part.draft and said.tokens:
+                of.shadows[matching_prefix(part.draft[:1], said.tokens)] += 1
+            part.add(said)
+            if (decision := decisions.get(said.request_id)) is not None:
+                of.decided(decision)
+            if baseline is None or step.seconds is None:
+                continue
+            if drafts:
+                if (cost := costs.get(drafted)) is None:
+                    cost = cost_share(step.seconds, baseline, n, drafted, drafts)
+                    costs[drafted] = cost
+                of.charge(part, baseline * cost, baseline * said.emitted)
+            else:  # nothing to tell apart, unless a drafter was at work all the same
+                of.charge(part, step.seconds, baseline if step.passes else step.seconds)
         for policy, of in sums.items():
             self._total(policy, of)
 
-    def _place(self, drafted: int, accepted: int) -> None:
-        """Count how far a draft was verified and accepted."""
-        for counts, reached in ((self._verified, drafted), (self._accepted, accepted)):
-            counts.extend([0] * (drafted - len(counts)))
-            if reached:
-                counts[reached - 1] += 1
-
     def _total(self, policy: str, of: _Sums) -> None:
-        drafted = sum(k * times for k, times in of.ks.items())
-        for k, times in of.ks.items():
+        drafted = accepted = 0
+        for (k, right), times in of.drafts.items():
+            drafted += k * times
+            accepted += right * times
             self._add("request_steps", (policy, str(k)), times)
+            for counts, reached in ((self._verified, k), (self._accepted, right)):
+                counts.extend([0] * (k - len(counts)))
+                if reached:
+                    counts[reached - 1] += times
+        for reason, times in of.reasons.items():
+            self._add("decisions", (policy, self._reason(reason)), times)
+        for utility in of.utilities:
+            self._observe("utility_expected", (policy,), utility)
+        if of.shadows:
+            self._add("shadow_drafts", (policy,), of.shadows.total())
+            self._add("shadow_drafts_right", (policy,), of.shadows[1])
         self._add("draft_tokens_verified", (policy,), drafted)
-        self._add("draft_tokens_accepted", (policy,), of.accepted)
+        self._add("draft_tokens_accepted", (policy,), accepted)
         self._add("tokens_emitted", (policy,), of.emitted)
         self._add("decode_seconds", (policy,), of.spent)
         self._add("baseline_seconds", (policy,), of.baseline)
         totals = self.totals
-        totals.steps += of.ks.total()
-        totals.off += of.ks[0]
+        totals.steps += of.drafts.total()
+        totals.off += of.drafts[0, 0]
         totals.drafted += drafted
-        totals.accepted += of.accepted
+        totals.accepted += accepted
         totals.spent += of.spent
         totals.baseline += of.baseline
 

@@ -42,7 +42,8 @@ class StepClock:
         """
         now, began = self._now(), self._began
         self._began = now if busy else None
-        return None if began is None else now - began
+        # A clock that stands still or goes back says nothing of a step.
+        return None if began is None or now <= began else now - began
 
     def stop(self) -> None:
         """The engine pauses: what passes until it schedules again is no step's time."""

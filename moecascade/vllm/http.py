@@ -50,6 +50,7 @@ POLICY = (
 )
 """Headers of the page: it loads nothing from anywhere, and nobody can put it into another."""
 
+MOST_SAID = 1000  # characters of an error message, which quotes what is wrong
 FRESH = 0.5  # seconds for which an engine's answer does for all who ask
 
 
@@ -239,7 +240,9 @@ def _asked(body: bytes, known: _Known) -> RequestOptions:
 
 
 async def _refuse(send: Send, problem: str) -> None:
-    """Answer in the form of the OpenAI API's errors."""
+    """Answer in the form of the OpenAI API's errors, however much the client wrote."""
+    if len(problem) > MOST_SAID:
+        problem = f"{problem[: MOST_SAID // 2]} ... {problem[-MOST_SAID // 2 :]}"
     error = {"message": problem, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
     await _send(send, 400, b"application/json", json.dumps({"error": error}).encode())
 

@@ -56,6 +56,7 @@ class Link:
 
     def __init__(self, engine: int, answer: Answering) -> None:
         """Listen."""
+        self._engine = engine
         self._answer = answer
         self._listener = connection.Listener(
             address(engine), "AF_UNIX", backlog=WAITING, authkey=_key()
@@ -66,17 +67,18 @@ class Link:
     def close(self) -> None:
         """Answer nobody any more."""
         self._closed = True
+        ask(self._engine, {})  # the thread waits for somebody
         self._listener.close()
 
     def _serve(self) -> None:
         while not self._closed:
             try:
                 with self._listener.accept() as asker:
-                    if asker.poll(PATIENCE):
+                    if not self._closed and asker.poll(PATIENCE):
                         answer = self._answer(json.loads(asker.recv_bytes()))
                         asker.send_bytes(json.dumps(answer).encode())
-            except (OSError, EOFError, ValueError, multiprocessing.AuthenticationError):
-                continue  # whoever asked went away, or is none of us
+            except Exception:  # noqa: BLE001, S112 -- the next one may be answered
+                continue  # whoever asked went away, or is none of us, or asked what fails
 
 
 def _key() -> bytes:

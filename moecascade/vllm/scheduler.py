@@ -21,6 +21,7 @@ goes on without what failed; a draft that nobody decided about is not verified.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
@@ -77,8 +78,10 @@ class Scheduler(VllmScheduler):
         self.cascade_faults: Counter[str] = Counter()
         facts = support.facts(config)
         options = server_options(config.additional_config, self._max_k, facts, shows_drafts)
-        self.controller = Controller(options, self._max_k, self._report, facts, shows_drafts)
         self._clock = StepClock()
+        self.controller = Controller(
+            options, self._max_k, self._report, facts, shows_drafts, time.perf_counter
+        )
         say = partial(support.logger.info, "moecascade: %s")
         self._recorder = Recorder(options, self._report, facts, say)
         self._link = self._safely(self._linked) if options.metrics else None
