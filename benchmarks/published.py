@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moecascade.replay.planning.step_time import Constants
-from moecascade.replay.planning.validation import Point, errors, published, typical
+from moecascade.replay.planning.validation import Point, errors, published, signs, typical
 
 FREE = {
     "experts_reading": (0.3, 0.95),
@@ -88,6 +88,15 @@ def main() -> None:
             f"{worst:+.0%}",
         )
     Console().print(table)
+    for what, fits in (("fitting", True), ("checking", False)):
+        points = [point for point in published() if point.fits is fits]
+        found, right = errors(points, constants), signs(points, constants)
+        near = sum(abs(error) <= 0.4 for error in found) / len(found)
+        line = f"{what}: {len(points)} points of {len(by_source(points))} sources, median error "
+        line += f"{typical(found):.0%}, worst {max(found, key=abs):+.0%}, {near:.0%} within 40%"
+        if right:
+            line += f"; whether drafts pay is right for {sum(right)} of {len(right)}"
+        Console().print(line, soft_wrap=True)
     if asked.points:
         each = Table("point", "model", "device", "at once", "K", "published", "predicted")
         for point in published():

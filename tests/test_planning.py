@@ -63,7 +63,9 @@ def test_a_small_mixture_of_experts_counted_by_hand() -> None:
 
 
 # Llama 4 is published with its vision part.
-@pytest.mark.parametrize("name", [n for n in plan.known_models() if "Llama-4" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in plan.known_models() if "Llama-4" not in n and plan.published(n)]
+)
 def test_parameters_are_those_that_are_published(name: str) -> None:
     assert plan.find_model(name).total / 1e9 == pytest.approx(plan.published(name), rel=0.01)
 

@@ -238,9 +238,9 @@ def _qwen_next(c: _Config) -> tuple[Layer, ...]:
 
 
 def _deepseek(c: _Config) -> tuple[Layer, ...]:
-    """DeepSeek V1 to V3 and GLM-4.x-MoE: the first layers dense, then shared and routed experts."""
+    """DeepSeek V1 to V3, Kimi K2, GLM-4.x-MoE: dense layers, then shared and routed experts."""
     kind = c.get("model_type")
-    if kind in ("deepseek_v2", "deepseek_v3"):
+    if kind in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"):
         attention, kv = _latent(c)
     else:
         biased = kind == "glm4_moe" and c.get("attention_bias", True)
@@ -315,6 +315,9 @@ ARCHITECTURES: dict[str, Callable[[_Config], tuple[Layer, ...]]] = {
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
     "glm4_moe": _deepseek,
+    "glm4_moe_lite": _deepseek,
+    "kimi_k2": _deepseek,
+    "gemma3": _dense,
     "gpt_oss": _gpt_oss,
     "llama4": _llama4,
 }

@@ -161,9 +161,10 @@ def known_models() -> tuple[str, ...]:
     return tuple(_models())
 
 
-def published(name: str) -> float:
-    """Return how many parameters a known model has, in billions, as its makers say."""
-    return float(_models()[name]["published_billions"])
+def published(name: str) -> float | None:
+    """Return how many parameters a known model has, in billions, as its makers say, if they do."""
+    said: float | None = _models()[name]["published_billions"]
+    return said
 
 
 def find_model(name: str) -> Model:

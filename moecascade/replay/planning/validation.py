@@ -27,7 +27,8 @@ class Point:
 
     Attributes:
         id: Its name.
-        source: Where it stands, and what ran.
+        source: Whose it is, and what ran.
+        where: Where it stands.
         fits: Whether its source fits constants; else it only checks.
         model: As for `find_model`.
         device: As for `devices.find`.
@@ -37,12 +38,14 @@ class Point:
         requests: At once.
         k: Tokens verified beside the target's own.
         passes: Of the drafter, None for none.
+        length: Tokens a step with drafts gave, where that is published.
         cost: Time of a step with drafts over one without.
         how: How that follows from what was published.
     """
 
     id: str
     source: str
+    where: str
     fits: bool
     model: str
     device: str
@@ -52,6 +55,7 @@ class Point:
     requests: int
     k: int
     passes: int | None
+    length: float | None
     cost: float
     how: str
 
@@ -82,3 +86,13 @@ def errors(points: Sequence[Point], constants: Constants | None = None) -> list[
 def typical(found: Sequence[float]) -> float:
     """Return the median size of errors."""
     return median(map(abs, found))
+
+
+def signs(points: Sequence[Point], constants: Constants | None = None) -> list[bool]:
+    """Return, where it is published, whether it is rightly predicted that drafts pay or do not."""
+    used = Constants() if constants is None else constants
+    return [
+        (point.length > point.predicted(used)) == (point.length > point.cost)
+        for point in points
+        if point.length is not None
+    ]
