@@ -46,6 +46,7 @@ CLIENTS = 8
 PHASES = 6
 PAUSES = (0.3, 2.0)  # seconds that the engine stands still
 PAUSE_EVERY = 30.0  # seconds
+IDLE = 2.0  # seconds after which clients give a connection up; the server does after five
 GREEDY = 24  # prompts whose text is known
 GREEDY_TOKENS = 48
 MOST_GROWTH = 1.0  # MB for a thousand requests
@@ -222,7 +223,8 @@ async def disturb(soak: Soak, engine: psutil.Process, ends: float) -> None:
 
 async def run(soak: Soak, engine: psutil.Process, seconds: float, console: Console) -> None:
     """Let all of them at the server."""
-    async with httpx.AsyncClient(base_url=soak.url, timeout=300) as http:
+    limits = httpx.Limits(keepalive_expiry=IDLE)
+    async with httpx.AsyncClient(base_url=soak.url, timeout=300, limits=limits) as http:
         for _ in range(GREEDY):
             prompt = tuple(soak.prompt())
             soak.texts[prompt] = await greedy(soak, http, prompt, {"cascade_policy": "off"})

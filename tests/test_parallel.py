@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from moecascade.serving import command, server
 from moecascade.serving.server import Server
 from moecascade.telemetry import step_log
+from moecascade.telemetry.metrics import PREFIX
 from tests import matrix
 
 pytestmark = pytest.mark.engine
@@ -44,8 +47,8 @@ def served(
     tiny_models: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[tuple[str, Path]]:
-    """A server's address, and its step log."""
+) -> Iterator[tuple[str, Path, list[str]]]:
+    """A server's address, its step log, and the numbers of its engines."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE"):
         monkeypatch.delenv(name, raising=False)
     log = tmp_path / "steps.jsonl"
@@ -64,13 +67,13 @@ def served(
     )
     with Server(planned, tmp_path / "server.log") as running:
         running.wait_ready(600)
-        yield running.launch.url, log
+        yield running.launch.url, log, ["0", "1"] if request.param == "data" else ["0"]
 
 
 def test_answers_are_those_of_one_engine(
-    served: tuple[str, Path], expected: list[list[int]]
+    served: tuple[str, Path, list[str]], expected: list[list[int]]
 ) -> None:
-    url, log = served
+    url, log, engines = served
 
     def ask(i: int) -> Any:
         body = {
@@ -91,3 +94,12 @@ def test_answers_are_those_of_one_engine(
         assert answer == expected[i % len(expected)]
     rows = [row for step in step_log.read(log) for row in step["requests"]]
     assert sum(row["drafted"] for row in rows) > 0
+
+    emitted = Counter[str]()
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            if sample.name == f"{PREFIX}tokens_emitted_total":
+                emitted[sample.labels["engine"]] += int(sample.value)
+    assert sorted(emitted) == engines  # each of them answers whichever server is asked
+    assert emitted.total() == REQUESTS * matrix.LENGTH
+    assert min(emitted.values()) > 0
