@@ -134,7 +134,7 @@ class OwnAccounts:
             may = self._most_lost * max(SHORTEST, account.tokens) - account.lost
             bearable = 1.0 + may / requests
             k = length
-            while k and costs[k] > bearable:
+            while k and costs.item(k) > bearable:
                 k -= 1
             limits.append(k)
         return limits

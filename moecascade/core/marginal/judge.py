@@ -38,7 +38,7 @@ class Judge(Protocol):
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Compare the drafts with what their requests wrote."""
 
-    def follow(self, parts: Sequence[RequestStep]) -> None:
+    def follow(self, parts: Sequence[RequestStep], /) -> None:
         """Take what requests wrote in a step that the other judge decided."""
 
 

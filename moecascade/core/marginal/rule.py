@@ -32,12 +32,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
 
 from moecascade.core.cost import CostModel
-from moecascade.core.marginal.acceptance import TextJudge
 from moecascade.core.marginal.accounts import Accounts, OwnAccounts, Rate, SharedAccount
 from moecascade.core.marginal.ahead import AheadJudge
 from moecascade.core.marginal.allocation import allot, on_ladder
@@ -51,6 +51,11 @@ from moecascade.core.utility import cost_share
 from moecascade.errors import ConfigError
 
 LARGE_BATCH_LOOKS = 8  # decisions on a large batch for which how far to draft for it holds
+
+
+def prepare() -> None:
+    """Compile, or load from disk, what is compiled: no request shall wait for it."""
+    import_module("moecascade.core.marginal.acceptance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,8 @@ class Marginal(Policy):
     settings: MarginalSettings
 
     def __init__(self, settings: MarginalSettings, max_k: int) -> None:
+        from moecascade.core.marginal.acceptance import TextJudge  # compiled, which takes a second
+
         super().__init__(settings, max_k)
         self._width = width = min(max_k, LONGEST)
         self._requests: dict[str, _Request] = {}
@@ -199,7 +206,10 @@ class Marginal(Policy):
         requests = [self._requests[name] for name in names]
         drafts = [p.tokens if r.max_k else () for p, r in zip(proposals, requests, strict=True)]
         survival = judge.propose(names, drafts)
-        lengths = [min(p.length, r.max_k) for p, r in zip(proposals, requests, strict=True)]
+        lengths = [
+            r.max_k if (length := len(p.tokens) or p.unseen) > r.max_k else length
+            for p, r in zip(proposals, requests, strict=True)
+        ]
         costs = self._costs.costs(n, len(names) * self._width)
         rates = accounts.rates(names)
         limits = accounts.limits(names, lengths, n, costs)
