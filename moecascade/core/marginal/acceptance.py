@@ -149,14 +149,16 @@ class TextJudge:
 
         A draft takes the place of the request's last one, which is learnt from first.
         """
-        rows, width = [], self._width
-        for request_id, draft in zip(request_ids, drafts, strict=True):
-            row = self.judged(request_id, draft) if draft else []
-            rows.append(row if len(row) == width else (row + [0.0] * width)[:width])
-        return rows
+        width, nothing = self._width, [0.0] * self._width
+        return [(row + nothing)[:width] for row in map(self.judged, request_ids, drafts)]
 
     def judged(self, request_id: str, draft: Sequence[int]) -> list[float]:
-        """Judge a request's draft, to be scored when its tokens come; return its survival."""
+        """Judge a request's draft, to be scored when its tokens come; return its survival.
+
+        Of no draft nothing is said, and the last one goes on to be scored.
+        """
+        if not draft:
+            return []
         r, survival = self._records[request_id], self._survival
         if r.unread:
             r.read()

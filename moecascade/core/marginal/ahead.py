@@ -103,7 +103,7 @@ class AheadJudge:
             drafter = NgramDrafter(text, *self._lengths, most, self._filled)
             request = self._requests[name] = _Request(drafter)
         draft = request.drafter.propose()
-        survival = self._text.judged(name, draft) if draft else []
+        survival = self._text.judged(name, draft)
         if request.broke is not None:
             self._renew(request, request.broke, draft)
         k = min(request.k, len(draft))

@@ -11,15 +11,15 @@ and it ends when looking has told; what it may cost is bounded by the accounts.
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.judge import Rows, outcome
+from moecascade.core.marginal.judge import Rows, one_by_one, outcome
 from moecascade.core.step import RequestStep
 
 LAST = 9  # outcomes of a request's last two drafts together: see `judge.outcome`
@@ -66,9 +66,7 @@ class CountsJudge:
         self._records: dict[str, _Record] = {}
         self._tried = np.zeros((STATES, width))
         self._right = np.zeros((STATES, width))
-        # The same memory, quicker to change one at a time.
-        self._each_tried = cast("MutableSequence[float]", self._tried.reshape(-1).data)
-        self._each_right = cast("MutableSequence[float]", self._right.reshape(-1).data)
+        self._each_tried, self._each_right = one_by_one(self._tried), one_by_one(self._right)
         self._steps = 0
         self._survival = self._table()
 

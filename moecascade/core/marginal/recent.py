@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.judge import Rows, outcome
+from moecascade.core.marginal.judge import Rows, one_by_one, outcome
 from moecascade.core.step import RequestStep
 
 REMEMBERED = 4  # drafts of a request that are its state
@@ -43,9 +43,10 @@ class RecentJudge:
         rights = range(width + 1)
         self._following = [[outcome(s, right, STATES) for right in rights] for s in range(STATES)]
         # Drafts by state and tokens right, those that ended with a wrong token apart from those of
-        # which no more was seen. Lists, because one number at a time is changed.
-        self._ended = [0.0] * (STATES * (width + 1))
-        self._cut = [0.0] * (STATES * (width + 1))
+        # which no more was seen.
+        self._ended = np.zeros((STATES, width + 1))
+        self._cut = np.zeros((STATES, width + 1))
+        self._each_ended, self._each_cut = one_by_one(self._ended), one_by_one(self._cut)
         self._steps = 0
         self._survival = self._table()
 
@@ -72,7 +73,7 @@ class RecentJudge:
 
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Count how the drafts fared; now and then let the table follow."""
-        states, drafts, ended = self._states, self._drafts, self._ended
+        states, drafts, ended = self._states, self._drafts, self._each_ended
         following, counts = self._following, self._width + 1
         for part in parts:
             name, tokens = part.request_id, part.tokens
@@ -86,15 +87,15 @@ class RecentJudge:
                 right, compared = 1, min(len(draft), len(tokens))
                 while right < compared and draft[right] == tokens[right]:
                     right += 1
-                fared = ended if right < compared else self._cut
+                fared = ended if right < compared else self._each_cut
                 fared[state * counts + right] += 1.0
                 states[name] = following[state][right]
         self._drafts = {}
         self._steps += 1
         if self._steps % RENEWED_EVERY == 0:
             self._survival = self._table()
-            self._ended = [DECAY_TABLE * count for count in self._ended]
-            self._cut = [DECAY_TABLE * count for count in self._cut]
+            self._ended *= DECAY_TABLE
+            self._cut *= DECAY_TABLE
 
     def follow(self, _parts: Sequence[RequestStep]) -> None:
         """Compare nothing: the drafts were others."""
@@ -102,8 +103,8 @@ class RecentJudge:
 
     def _table(self) -> Array:
         """Return the chance that at least 1, 2, ... tokens are accepted, by state."""
-        ended = np.array(self._ended).reshape(STATES, -1)
-        seen = ended + np.array(self._cut).reshape(STATES, -1)
+        ended = self._ended
+        seen = ended + self._cut
         # At least j + 1 tokens right; and: the token at j was compared.
         right = np.cumsum(seen[:, ::-1], axis=1)[:, ::-1][:, 1:]
         tried = right + ended[:, :-1]

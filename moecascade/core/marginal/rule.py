@@ -197,18 +197,17 @@ class Marginal(Policy):
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
-        if self._unseen is None and any(p.unseen for p in proposals):
+        names, n = [p.request_id for p in proposals], len(proposals) + self._others
+        asked = [(p, self._requests[p.request_id]) for p in proposals]
+        drafts = [p.tokens if r.max_k else () for p, r in asked]
+        if self._unseen is None and not any(drafts) and any(p.unseen for p in proposals):
             self._go_without_seeing()
         judge, accounts, _ = self._mode = (
             self._large if len(proposals) > self.settings.crowd else self._small
         )
-        names, n = [p.request_id for p in proposals], len(proposals) + self._others
-        requests = [self._requests[name] for name in names]
-        drafts = [p.tokens if r.max_k else () for p, r in zip(proposals, requests, strict=True)]
         survival = judge.propose(names, drafts)
         lengths = [
-            r.max_k if (length := len(p.tokens) or p.unseen) > r.max_k else length
-            for p, r in zip(proposals, requests, strict=True)
+            r.max_k if (length := len(p.tokens) or p.unseen) > r.max_k else length for p, r in asked
         ]
         costs = self._costs.costs(n, len(names) * self._width)
         rates = accounts.rates(names)
@@ -224,7 +223,7 @@ class Marginal(Policy):
             self._ahead_of.decided(names, ks)
         self._batch = _Batch(n, names, survival, lengths, rates, ks)
         self._ahead_for -= 1
-        return [r.decisions[k] for r, k in zip(requests, ks, strict=True)]
+        return [r.decisions[k] for (_, r), k in zip(asked, ks, strict=True)]
 
     def observe(self, step: Step) -> None:
         """Learn cost from decode steps, acceptance from every step's tokens."""
