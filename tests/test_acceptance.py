@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, pairwise
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -366,6 +367,22 @@ def test_what_a_draft_s_tokens_share_is_learnt_once_for_all_of_them() -> None:
         judge.learn(wrote(draft))
         moved.append(judge._model["weights"][0, 0, 0])
     assert 0 < moved[0] < moved[1]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no locator"), OSError("disk full")])
+def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    njit = numba.njit
+
+    def full(signature: object, cache: bool = False) -> object:
+        if cache:
+            raise fault
+        return njit(signature)
+
+    monkeypatch.setattr(numba, "njit", full)
+    double = predictor.compiled(numba.int64)(lambda n: 2 * n)
+    assert double(4) == 8
 
 
 def lived(judge: RecentJudge, drafts: Sequence[Sequence[int]], name: str = "r") -> list[float]:

@@ -27,7 +27,7 @@ from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.errors import ConfigError
 
 MOST_SPECS = 32
-"""Policies kept at once. Learning takes one 10 MB, in time 30, and requests may ask for any."""
+"""Policies kept at once. Learning takes one 11 MB, and requests may ask for any."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -149,7 +149,8 @@ class Controller:
             made = group and self._guarded(group, _decisions, group, asked, self._max_k)
             if group and made and explain:
                 made = self._explained(group, made)
-            decisions |= made or {p.request_id: Decision(p.request_id, 0, "fault") for p in asked}
+            made = made or {p.request_id: Decision(p.request_id, 0, "fault") for p in asked}
+            decisions = decisions | made if decisions else made
         for request_id, cap in self._caps.items():
             decision = decisions.get(request_id)
             if decision is not None and decision.k > cap:

@@ -186,11 +186,12 @@ class TextJudge:
             r, tokens = self._records[part.request_id], np.array(part.tokens, np.int64)
             if r.unread:
                 r.read()
-            if r.length + len(tokens) > len(r.text):
+            length = r.length + len(tokens)
+            if length > len(r.text):
                 r.make_room(len(tokens))
             predictor.learn(self._model, r.state, r.text, r.latest, r.length, tokens)
-            r.length += len(tokens)
             self._learnt += len(tokens)
+            r.length = length
         if self._learnt >= HALVED_EVERY:
             self._learnt = 0
             self._model["seen"] *= 0.5

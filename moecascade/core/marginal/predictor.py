@@ -155,7 +155,7 @@ def compiled(*types: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
         signature = [types] if types else None
         try:
             made = numba.njit(signature, cache=bool(types))(function)
-        except RuntimeError:  # there is no folder that could keep it
+        except (RuntimeError, OSError):  # there is no folder that could keep it
             made = numba.njit(signature)(function)
         return cast("Callable[P, R]", made)
 

@@ -1,8 +1,8 @@
 """The judge by recent drafts: a draft fares much as the request's last ones did.
 
-Coarser than `acceptance`, which reads the text, and thirty times cheaper: for batches so
-large that time for each request is short. There it is as good (docs/policies.md): a batch reads
-most experts anyway, so the question is hardly whether to draft, but who may draft how much.
+Coarser than `acceptance`, which reads the text, and a few times cheaper: for batches so large that
+time for each request is short. There it is as good (docs/policies.md): a batch reads most experts
+anyway, so the question is hardly whether to draft, but who may draft how much.
 """
 
 from __future__ import annotations
