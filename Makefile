@@ -34,8 +34,8 @@ test-fast: setup  ## the same without the tests that start vLLM
 bench: setup  ## the whole evaluation, 90 minutes, and its report (QUICK=1: 10 minutes; AGAIN=1: a pass more; FRESH=1: anew)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/evaluation.sh $(if $(QUICK),quick,full)
 
-bench-decision: setup  ## print how long a decision takes
-	@$(BIN)/python benchmarks/decision_cost.py
+bench-decision: setup  ## print how long a decision takes (ARGS=--cold: with cold caches, as in an engine)
+	@$(BIN)/python benchmarks/decision_cost.py $(ARGS)
 
 bench-gpu: setup  ## what a GPU can tell: step times, lossless text, policies, report (ARGS=--tiny: on CPUs)
 	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)

@@ -35,11 +35,9 @@ CONSTANTS = {
     ),
     "marginal.acceptance": (
         *("LEARNING_RATE", "SLOPE_RATE", "SLOPE_EVIDENCE", "FIRST_ODDS", "FIRST_HITS"),
-        "DECAY_HITS",
+        *("DECAY_HITS", "PLACES", "HALVED_EVERY"),
     ),
     "marginal.accounts": ("SHORTEST", "FIRST_RATE", "FIRST_TIME", "DECAY_ALL"),
-    "marginal.context": ("PLACES",),
-    "marginal.continuations": ("HALVED_EVERY",),
     "marginal.recent": ("RENEWED_EVERY", "DECAY_TABLE", "BELIEF", "FIRST_CHANCE", "NEXT_CHANCE"),
 }
 """By module. Sizes of tables are left out: they bound memory. So are those of model drafters

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecascade.core.marginal import acceptance, continuations
-from moecascade.core.marginal.acceptance import FIRST_HITS, Record
-from moecascade.core.marginal.context import LONGEST_MATCH, Context, Text
+from moecascade.core.marginal import predictor
 from moecascade.core.marginal.judge import outcome
+from moecascade.core.marginal.predictor import LONGEST_MATCH
 
 LENGTHS = [(1, 0), (2, 1), (3, 2), (4, 3), (6, 4), (8, 5), (12, 6), (16, 7), (31, 8), (32, 9)]
 OCCURRED = [(1, 1), (2, 2), (3, 3), (7, 4), (15, 5), (63, 6)]  # up to so often; the group
@@ -21,13 +20,13 @@ def group(value: float, groups: list[tuple[int, int]], beyond: int) -> int:
 
 @pytest.mark.parametrize("length", range(LONGEST_MATCH + 1))
 def test_a_match_is_in_the_bucket_of_its_length(length: int) -> None:
-    assert acceptance._LENGTH[length] == group(length, LENGTHS, 9)
+    assert predictor._LENGTH[length] == group(length, LENGTHS, 9)
 
 
 @given(st.integers(1, 200), st.integers(0, 200))
 def test_a_phrase_is_in_the_bucket_of_how_often_it_occurred_and_went_on_so(n: int, so: int) -> None:
     share = 0 if not so else 4 if so >= n else 1 + 3 * so // n
-    assert continuations._bucket(n, so) == 5 * group(n, OCCURRED, 7) + share
+    assert predictor._phrase_bucket(n, so) == 5 * group(n, OCCURRED, 7) + share
 
 
 @given(st.integers(0, 8), st.integers(0, 8), st.integers(0, 32), st.integers(0, 32))
@@ -35,14 +34,14 @@ def test_what_speaks_for_a_draft_and_against_it_has_buckets_of_its_own(
     places: int, agreed: int, agreeing: int, opposing: int
 ) -> None:
     agreed = min(agreed, places)
-    context = Context(agreeing, opposing, places, agreed, 5)
-    record = Record(Text([1]), FIRST_HITS)
     # Shares: none; below a third, two thirds, all; all of them.
     share = 0 if not agreed else 1 + (3 * agreed >= places) + (3 * agreed >= 2 * places)
     share += agreed == places > 0
-    assert acceptance._agreed(record, context) == 5 * share + min(places, 4)
+    assert predictor._agreed_bucket(places, agreed) == 5 * share + min(places, 4)
     stronger = opposing >= agreeing
-    assert acceptance._against(record, context) == 2 * group(opposing, LENGTHS, 9) + stronger
+    assert (
+        predictor._against_bucket(agreeing, opposing) == 2 * group(opposing, LENGTHS, 9) + stronger
+    )
 
 
 @pytest.mark.parametrize(

@@ -745,3 +745,17 @@ def test_whether_anybody_could_want_a_draft() -> None:
     assert not controller.drafts(["off", "capped", "unknown"])
     assert controller.drafts(["off", "cut"])
     assert not controller.drafts([])
+
+
+@pytest.mark.parametrize("may_ask", [True, False])
+def test_what_a_request_may_ask_for_is_compiled_before_it_does(may_ask: bool) -> None:
+    """In a process of its own, which has not imported it for another test."""
+    code = (
+        "import sys\n"
+        "from moecascade.core.controller import Controller\n"
+        "from moecascade.core.options import ServerOptions\n"
+        f"Controller(ServerOptions(policy='off', request_options={may_ask}), 8, print)\n"
+        "print('moecascade.core.marginal.predictor' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{may_ask}\n"

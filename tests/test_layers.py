@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,13 +62,17 @@ def test_imports_go_downward_only(path: Path):
 
 
 def test_the_core_needs_the_standard_library_and_numpy_alone():
-    import sys
-
     allowed = {*sys.stdlib_module_names, *CORE_MAY_IMPORT, "moecascade"}
     for path in FILES:
         if room_of(path) in {"core", "errors", "policies", ""}:
             found = {module.split(".")[0] for module in imported(path)}
             assert found <= allowed, f"{path}: {found - allowed}"
+
+
+def test_what_takes_long_to_import_is_not_imported_with_the_core():
+    code = "import sys, moecascade.core.controller; print({'numba', 'torch'} & {*sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
 def test_the_first_corridor_is_short_and_every_room_says_what_it_is_for():

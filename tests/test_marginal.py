@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecascade.core.cost import Array
+from moecascade.core.marginal.acceptance import NEWEST
 from moecascade.core.marginal.allocation import admitted, allot
-from moecascade.core.marginal.context import NEWEST, Text
 from moecascade.core.marginal.rule import Marginal
 from moecascade.core.step import Proposal, RequestStep, Step
 from moecascade.policies import create
@@ -209,11 +209,10 @@ def test_in_large_batches_no_request_answers_for_itself() -> None:
 def test_of_a_long_prompt_the_newest_part_is_kept() -> None:
     """Also by the policy, whose requests it would slow down in their first step."""
     prompt = [i % 1000 for i in range(NEWEST + 5000)]
-    assert Text(prompt).context(1) == Text(prompt[5000:]).context(1)
     policy = create("marginal", 8)
     assert isinstance(policy, Marginal)
     policy.add("a", 8, prompt)
-    assert len(policy._text._records["a"].text) == NEWEST
+    assert policy._text._records["a"].tokens == prompt[5000:]
 
 
 def test_a_crowd_that_thins_out_is_judged_by_its_text_again() -> None:
@@ -229,8 +228,7 @@ def test_a_crowd_that_thins_out_is_judged_by_its_text_again() -> None:
         policy.observe(Step(0.02, True, parts))
     policy.drop("b")
     policy.decide([Proposal("a", [40])])
-    text = policy._text._records["a"].text
-    assert text.ending(len(text) + 1) == [1, 2, 3, *range(20, 40)]
+    assert policy._text._records["a"].tokens == [1, 2, 3, *range(20, 40)]
 
 
 def test_a_request_that_has_lost_what_it_may_drafts_no_more() -> None:
@@ -281,7 +279,7 @@ def test_caps_hold_and_nothing_is_left_of_dropped_requests() -> None:
         policy.observe(Step(0.02, True, parts))
     policy.drop("r")
     policy.drop("none")
-    kept = (policy._requests, policy._text._records, policy._recent._records)
+    kept = (policy._requests, policy._text._records, policy._recent._states)
     assert not any((*kept, policy._own._accounts))
 
 

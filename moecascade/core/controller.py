@@ -13,6 +13,7 @@ from operator import index
 from typing import Any, ParamSpec, TypeVar
 
 from moecascade.core import registry
+from moecascade.core.marginal.rule import prepare
 from moecascade.core.options import (
     RequestOptions,
     ServerOptions,
@@ -26,7 +27,7 @@ from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.errors import ConfigError
 
 MOST_SPECS = 32
-"""Policies kept at once. Learning takes one 10 MB, in time 30, and requests may ask for any."""
+"""Policies kept at once. Learning takes one 11 MB, and requests may ask for any."""
 
 SLOW = 0.02  # seconds that a policy may take for a step now and then, but not always
 MOST_SLOW = 8  # such steps, less those that were not, after which a policy is retired
@@ -87,6 +88,8 @@ class Controller:
         self._group_of: dict[str, _Group | None] = {}
         self._caps: dict[str, int] = {}  # of the requests that have one of their own
         self._group(options.policy)
+        if options.request_options:  # a request may be the first to ask for it
+            prepare()
 
     def __len__(self) -> int:
         """Return how many requests are known."""
@@ -148,8 +151,8 @@ class Controller:
 
     def observe(self, step: Step) -> None:
         """Show a step to every policy that has a request in it."""
-        group_of = self._group_of.get
-        for group in dict.fromkeys([group_of(part.request_id) for part in step.requests]):
+        ids = [part.request_id for part in step.requests]
+        for group in dict.fromkeys(map(self._group_of.get, ids)):
             if group is not None:
                 self._guarded(group, group.policy.observe, step)
 
@@ -171,11 +174,12 @@ class Controller:
             )
             if group and made and explain:
                 made = self._explained(group, made)
-            decisions |= made or {p.request_id: Decision(p.request_id, 0, "fault") for p in asked}
-        for request_id in self._caps.keys() & decisions.keys():
-            decision = decisions[request_id]
-            if decision.k > self._caps[request_id]:
-                decisions[request_id] = replace(decision, k=self._caps[request_id])
+            made = made or {p.request_id: Decision(p.request_id, 0, "fault") for p in asked}
+            decisions = decisions | made if decisions else made
+        for request_id, cap in self._caps.items():
+            decision = decisions.get(request_id)
+            if decision is not None and decision.k > cap:
+                decisions[request_id] = replace(decision, k=cap)
         return decisions
 
     def drafts(self, request_ids: Sequence[str]) -> bool:
@@ -200,8 +204,7 @@ class Controller:
         self, asked: Sequence[T], request_ids: Sequence[str]
     ) -> Iterator[tuple[_Group | None, Sequence[T]]]:
         """Yield the policies of requests, each with what is asked about those that are its own."""
-        group_of = self._group_of.get
-        groups = [group_of(request_id) for request_id in request_ids]
+        groups = list(map(self._group_of.get, request_ids))
         different = dict.fromkeys(groups)
         for group in different:
             if len(different) == 1:
@@ -284,7 +287,7 @@ def _decisions(group: _Group, proposals: Sequence[Proposal], max_k: int) -> dict
     if len(decisions) != len(by_id) or list(by_id) != [p.request_id for p in proposals]:
         raise ValueError(f"policy {group.spec!r} decided for other requests than it was asked for")
     ks = [d.k for d in decisions]
-    if min(ks) < 0 or max(ks) > max_k:
+    if min(different := set(ks)) < 0 or max(different) > max_k:
         raise ValueError(f"policy {group.spec!r} decided a K outside 0..{max_k}: {decisions}")
     if set(map(type, ks)) != {int}:  # NumPy's, say, which JSON does not know
         return {id_: replace(d, k=index(d.k)) for id_, d in by_id.items()}

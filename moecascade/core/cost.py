@@ -141,7 +141,7 @@ class Shape:
         near = bucket(positions)
         if near not in self._ratio:
             self._kernel = None
-        ratio = time / float(self._priors[positions - 1])
+        ratio = time / self._priors.item(positions - 1)
         self._weight[near] = weight = min(self._weight.get(near, 0.0) + 1.0, MEMORY)
         before = self._ratio.get(near, ratio)
         self._ratio[near] = before + (ratio - before) / weight
@@ -282,7 +282,7 @@ class CostModel:
 
     def factor(self, ks: Sequence[int]) -> float:
         """Return what a step with these drafts takes, over what `costs` say."""
-        return self._loose.of(ks) / self._loose.of((0,))
+        return self._loose.of(ks) / self._loose.of((0,)) if self._loose.ladder else 1.0
 
     def _begin(self) -> None:
         """Forget the shape that was measured, and passes."""
@@ -339,7 +339,7 @@ class CostModel:
 
     def cost(self, requests: int, drafts: int, passes: int = 0, ks: Sequence[int] = (0,)) -> float:
         """Return the time of a step with drafts and passes over one without."""
-        cost = float(self.costs(requests, drafts)[drafts]) * self.factor(ks)
+        cost = self.costs(requests, drafts).item(drafts) * self.factor(ks)
         return cost + passes * self.pass_cost(requests) if passes else cost
 
     def pass_cost(self, requests: int) -> float:
@@ -359,7 +359,7 @@ class CostModel:
 
     def _expected(self, positions: int) -> float:
         """Return the units that a step without passes should take."""
-        return float(self._shape.curve(positions)[positions - 1])
+        return self._shape.curve(positions).item(positions - 1)
 
 
 def bucket(positions: int) -> int:

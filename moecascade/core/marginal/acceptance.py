@@ -6,33 +6,38 @@ as often as rejection sampling would accept it, for a drafter that does not samp
 nothing is lost by looking only. No verification is ever needed to learn.
 
 The chance that token i of a draft is accepted, given that those before it were, is a logistic
-function of a few features: of the draft in its text (`context`), of how the request's last drafts
-fared, of the token's place, and of what the target wrote after the same words elsewhere
-(`continuations`). Each feature puts a token in one of its buckets, and each bucket has a weight.
-Weights are shared by all requests and follow the outcomes by gradient steps that get smaller with
-each bucket's evidence (AdaGrad).
+function of a few features: of the draft in its text, of how the request's last drafts fared, of the
+token's place, and of what the target wrote after the same words elsewhere. Each feature puts a
+token in one of its buckets, and each bucket has a weight. Weights are shared by all requests and
+follow the outcomes by gradient steps that get smaller with each bucket's evidence (AdaGrad).
 
 Many weights that are learnt at once from few drafts promise too much, above all for the drafts that
 look best, which are those that are verified. So log-odds are scaled by a slope, learnt in the same
 way from how the promises were kept (Platt 1999), before they become chances.
+
+All of that is compiled (`predictor`): to import this module takes half a second, two where the
+compiled code is not on disk yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from math import exp, sqrt
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.context import LONGEST_MATCH, NEWEST, Context, Text
-from moecascade.core.marginal.continuations import BUCKETS, PHRASE_TOKENS, Phrases
+from moecascade.core.marginal import predictor
 from moecascade.core.marginal.judge import LONGEST, Rows, outcome
 from moecascade.core.step import RequestStep
 
+NEWEST = 16_384  # tokens of a prompt that are kept, the latest ones: memory is bounded
+HALVED_EVERY = predictor.SLOTS // 4  # tokens after which what is known of phrases counts half, so
+# that slots come free
+
 # Swept by `benchmarks/constants.py`; flat: the speed-up changed by less than half a percent.
+PLACES = 8  # latest earlier places of the text's last two tokens that are looked at; flat from 2 to
+# 32
 LEARNING_RATE = 0.5  # size of a weight's first step, in log-odds; flat from 0.125 to 2
 SLOPE_RATE = 1.0  # the same for the slope; flat from 0.25 to 4
 SLOPE_EVIDENCE = 20.0  # squared errors that it begins with, so that its first steps are small;
@@ -45,104 +50,69 @@ NEXT_CHANCE = 0.8  # guess of a token's chance after right ones, beyond a draft'
 NEXT_BELIEF = 5.0  # drafts that this guess weighs as much as
 DECAY_PLACES = 0.995  # of what is known of a place in drafts, from one draft to the next
 
-OUTCOMES: int = 3**3  # of a request's last three drafts together
-TOKENS = 1 << 17  # tokens that are told apart, and as many pairs of them: memory is bounded
-_MASK = TOKENS - 1
-_LENGTHS = 10  # buckets of a match's length: none, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-31, 32
-_LENGTH = (0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, *[8] * 15, 9)  # the bucket of each
-_SHARES = 5  # buckets of a share of earlier places: none; up to a third, two thirds, more; all
-_COUNTS = 5  # buckets of their number: 0, 1, 2, 3, more
-_HITS = 9  # buckets of a share of hits: eighths
 
-assert len(_LENGTH) == LONGEST_MATCH + 1
+def new_model() -> predictor.Array:
+    """Return a model without evidence."""
+    made = np.zeros(1, predictor.MODEL)
+    model = made[0]
+    model["weights"][:, 1] = 1.0
+    model["slope"], model["slope_evidence"] = 1.0, SLOPE_EVIDENCE
+    for last, following in enumerate(model["next"]):
+        following[:] = [outcome(last, right, predictor.OUTCOMES) for right in range(4)]
+    model["places"], model["first_odds"], model["learning_rate"] = PLACES, FIRST_ODDS, LEARNING_RATE
+    model["slope_rate"], model["decay_hits"] = SLOPE_RATE, DECAY_HITS
+    model["decay_places"] = DECAY_PLACES
+    return made
 
 
-@dataclass(slots=True)
-class Shadow:
-    """A judged draft that waits for the tokens it will be compared with.
+def new_request() -> predictor.Array:
+    """Return what is kept of a request beside its text."""
+    made = np.zeros(1, predictor.REQUEST)
+    made["hits"] = FIRST_HITS
+    return made
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One request: its text so far, prompt and output, and how its drafts fared.
 
     Attributes:
-        draft: Its tokens.
-        common: The weights that hold for all of its tokens.
-        own: The weights of each token.
-        odds: Log-odds of each token, given that those before it are right.
-        survival: Chance that at least 1, 2, ... tokens are accepted.
-        scored: Tokens that were compared so far.
-        right: How many of these were right.
-        errors: Sum of the errors of the chances that were predicted for these.
-        squares: Sum of the squares of these errors.
+        unread: The newest tokens, which nobody has asked about: for a request that is never judged
+            by its text that is all of it, and costs next to nothing.
+        state: See `predictor.REQUEST`.
+        text: The tokens before, see `predictor.TEXT`, with room for more.
+        latest: See there.
+        length: How many they are.
     """
 
-    draft: Sequence[int]
-    common: tuple[int, ...]
-    own: list[tuple[int, ...]]
-    odds: list[float]
-    survival: list[float]
-    scored: int = 0
-    right: int = 0
-    errors: float = 0.0
-    squares: float = 0.0
+    unread: list[int]
+    state: predictor.Array = field(default_factory=new_request)
+    text: predictor.Array = field(default_factory=lambda: np.empty(0, predictor.TEXT))
+    latest: predictor.Array = field(default_factory=lambda: np.empty(0, np.int32))
+    length: int = 0
+
+    def make_room(self, more: int) -> None:
+        """See to it that the text can be extended by so many tokens."""
+        needed = self.length + more
+        if needed > len(self.text):
+            tokens = self.text["token"][: self.length].astype(np.int64)
+            size = 1 << needed.bit_length()
+            self.text, self.latest = np.empty(size, predictor.TEXT), np.zeros(2 * size, np.int32)
+            predictor.append(self.text, self.latest, 0, tokens)
+
+    def read(self) -> None:
+        """Take what was not read into the text. A draft from before is not waited for any more."""
+        self.make_room(len(self.unread))
+        predictor.append(self.text, self.latest, self.length, np.array(self.unread, np.int64))
+        self.length += len(self.unread)
+        self.unread.clear()
+        self.state["judged"] = 0
 
     @property
-    def ended(self) -> bool:
-        """Whether no token is left to compare: all were, or one was wrong."""
-        return self.right < self.scored or self.scored == len(self.own)
-
-
-@dataclass(slots=True)
-class Record:
-    """One request's text and how its drafts fared.
-
-    Attributes:
-        text: Prompt and output so far.
-        hits: Recent share of drafts whose first token was right.
-        last: Outcomes of its last drafts that were scored to their end, see `judge.outcome`.
-        shadow: The latest draft, until it is scored to its end. Older ones are not followed: they
-            overlap it, and replay is no better with them.
-    """
-
-    text: Text
-    hits: float
-    last: int = 0
-    shadow: Shadow | None = None
-
-
-def _agreed(_record: Record, context: Context) -> int:
-    share = 0 if not context.agreed else 1 + 3 * context.agreed // context.places
-    return _COUNTS * share + min(context.places, _COUNTS - 1)
-
-
-def _against(_record: Record, context: Context) -> int:
-    return 2 * _LENGTH[context.opposing] + (context.opposing >= context.agreeing)
-
-
-# Features of a draft, the same for all of its tokens: name, buckets, and in which bucket it is.
-DRAFT_FEATURES: tuple[tuple[str, int, Callable[[Record, Context], int]], ...] = (
-    ("any", 1, lambda _record, _context: 0),
-    ("match", _LENGTHS, lambda _record, context: _LENGTH[context.agreeing]),
-    ("agreed", _SHARES * _COUNTS, _agreed),
-    ("against", 2 * _LENGTHS, _against),
-    ("hits", _HITS, lambda record, _context: int(record.hits * (_HITS - 1))),
-    ("last", OUTCOMES, lambda record, _context: record.last),
-)
-# Features of one of its tokens: name and buckets; `TextJudge.predict` says in which bucket it is,
-# in line, for that is most of the work.
-TOKEN_FEATURES = (
-    ("place", _LENGTHS * LONGEST),  # in the draft, after a match of such a length
-    ("phrase of two", BUCKETS),
-    ("phrase of four", BUCKETS),
-    ("token", TOKENS),
-    ("token before", TOKENS),
-    ("pair", TOKENS),  # of both
-)
-# The weights of all features are one table, which is quick to read: where each feature's begin.
-_SIZES = [size for _, size, _ in DRAFT_FEATURES] + [size for _, size in TOKEN_FEATURES]
-_BEGINS = list(accumulate(_SIZES, initial=0))
-_OF_DRAFT = [
-    (begin, bucket) for begin, (_, _, bucket) in zip(_BEGINS, DRAFT_FEATURES, strict=False)
-]
-_PLACE, _PHRASE_OF_TWO, _PHRASE_OF_FOUR, _TOKEN, _BEFORE, _PAIR, _END = _BEGINS[len(_OF_DRAFT) :]
-_PLACES = [range(_PLACE + i, _PHRASE_OF_TWO, _LENGTHS) for i in range(_LENGTHS)]  # by match
+    def tokens(self) -> list[int]:
+        """The text."""
+        known: list[int] = self.text["token"][: self.length].tolist()
+        return known + self.unread
 
 
 class TextJudge:
@@ -156,16 +126,13 @@ class TextJudge:
         """Begin with no evidence."""
         self._width = width
         self._records: dict[str, Record] = {}
-        self._weights = [0.0] * _END
-        self._evidence = [1.0] * _END
-        self._slope, self._slope_evidence = 1.0, SLOPE_EVIDENCE
-        self._phrases = Phrases()
-        self._right = [0.0] * LONGEST  # by place in a draft, of those that were compared
-        self._tried = [0.0] * LONGEST
+        self._model = new_model()
+        self._survival = np.zeros(LONGEST)
+        self._learnt = 0
 
     def begin(self, request_id: str, prompt: Sequence[int]) -> None:
         """Keep the prompt."""
-        self._records[request_id] = Record(Text(prompt), FIRST_HITS)
+        self._records[request_id] = Record(list(prompt[-NEWEST:]))
 
     def end(self, request_id: str) -> None:
         """Forget the text."""
@@ -173,7 +140,7 @@ class TextJudge:
 
     def written(self, request_id: str) -> list[int]:
         """Return a request's text, prompt and output, as far as it is kept."""
-        return self._records[request_id].text.ending(NEWEST)
+        return self._records[request_id].tokens[-NEWEST:]
 
     def propose(
         self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]
@@ -182,60 +149,30 @@ class TextJudge:
 
         A draft takes the place of the request's last one, which is learnt from first.
         """
-        rows = []
-        for request_id, draft in zip(request_ids, drafts, strict=True):
-            row = self.judged(request_id, draft)[: self._width] if draft else []
-            rows.append(row + [0.0] * (self._width - len(row)))
-        return rows
+        width, nothing = self._width, [0.0] * self._width
+        return [(row + nothing)[:width] for row in map(self.judged, request_ids, drafts)]
 
     def judged(self, request_id: str, draft: Sequence[int]) -> list[float]:
-        """Judge a request's draft, to be scored when its tokens come; return its survival."""
-        record = self._records[request_id]
-        self._close(record)
-        record.shadow = self.predict(record, draft)
-        return record.shadow.survival
+        """Judge a request's draft, to be scored when its tokens come; return its survival.
 
-    def predict(self, record: Record, draft: Sequence[int]) -> Shadow:
-        """Return a draft's first `LONGEST` tokens judged. Changes nothing: asking is free."""
-        text, weights, slope = record.text, self._weights, self._slope
-        context = text.context(draft[0])
-        common = tuple([begin + bucket(record, context) for begin, bucket in _OF_DRAFT])
-        base = FIRST_ODDS + sum([weights[key] for key in common])
-        own: list[tuple[int, ...]] = []
-        odds: list[float] = []
-        survival: list[float] = []
-        chance = 1.0
-        before = context.before & _MASK
-        for token, place, (of_two, of_four) in zip(
-            draft,
-            _PLACES[_LENGTH[context.agreeing]],
-            self._phrases.buckets(text.ending(PHRASE_TOKENS), draft),
-            strict=False,
-        ):
-            here = token & _MASK
-            keys = (
-                place,
-                _TOKEN + here,
-                _BEFORE + before,
-                _PAIR + ((before * 1_000_003 + here) & _MASK),
-                _PHRASE_OF_TWO + of_two,
-                _PHRASE_OF_FOUR + of_four,
-            )
-            a, b, c, d, e, f = keys
-            z = base + weights[a] + weights[b] + weights[c] + weights[d] + weights[e] + weights[f]
-            chance /= 1.0 + exp(-slope * z)
-            own.append(keys)
-            odds.append(z)
-            survival.append(chance)
-            before = here
-        return Shadow(draft, common, own, odds, survival)
+        Of no draft nothing is said, and the last one goes on to be scored.
+        """
+        if not draft:
+            return []
+        r, survival = self._records[request_id], self._survival
+        if r.unread:
+            r.read()
+        tokens = np.array(draft[:LONGEST], np.int64)
+        predictor.judge(self._model, r.state, r.text, r.latest, r.length, tokens, survival)
+        chances: list[float] = survival[: len(tokens)].tolist()
+        return chances
 
     def prolonged(self, survival: Rows, lengths: Sequence[int]) -> Array:
         """Return survival prolonged: see `Judge.prolonged`.
 
         A token there has the chance that tokens in its place have had, given those before it.
         """
-        right, tried = np.array(self._right), np.array(self._tried)
+        right, tried = self._model[0]["right"], self._model[0]["tried"]
         chances = (right + NEXT_CHANCE * NEXT_BELIEF) / (tried + NEXT_BELIEF)
         longer = np.array(survival)
         for row, length in zip(longer, lengths, strict=True):
@@ -246,64 +183,21 @@ class TextJudge:
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Take what was written: score drafts, learn, extend the texts."""
         for part in parts:
-            self.score(self._records[part.request_id], part.tokens)
+            r, tokens = self._records[part.request_id], np.array(part.tokens, np.int64)
+            if r.unread:
+                r.read()
+            length = r.length + len(tokens)
+            if length > len(r.text):
+                r.make_room(len(tokens))
+            predictor.learn(self._model, r.state, r.text, r.latest, r.length, tokens)
+            self._learnt += len(tokens)
+            r.length = length
+        if self._learnt >= HALVED_EVERY:
+            self._learnt = 0
+            self._model["seen"] *= 0.5
+            self._model["followed"] *= 0.5
 
     def follow(self, parts: Sequence[RequestStep]) -> None:
         """Extend the texts; their drafts were not waited for."""
         for part in parts:
-            record = self._records[part.request_id]
-            record.shadow = None
-            record.text.extend(part.tokens)
-
-    def score(self, record: Record, tokens: Sequence[int]) -> None:
-        """Compare a request's draft with new tokens, learn from both, extend its text."""
-        if record.shadow is not None:
-            self._compare(record.shadow, tokens)
-            if record.shadow.ended:
-                self._close(record)
-        self._phrases.learn(record.text.ending(PHRASE_TOKENS), tokens)
-        record.text.extend(tokens)
-
-    def _compare(self, shadow: Shadow, tokens: Iterable[int]) -> None:
-        """Learn from each token of a draft that can be compared now."""
-        right, tried = self._right, self._tried
-        for token in tokens:
-            i = shadow.scored
-            hit = shadow.draft[i] == token
-            odds = shadow.odds[i]
-            error = 1.0 / (1.0 + exp(-odds)) - hit
-            square = error * error
-            self._move(shadow.own[i], error, square)
-            steep = (1.0 / (1.0 + exp(-self._slope * odds)) - hit) * odds
-            self._slope_evidence += steep * steep
-            slope = self._slope - SLOPE_RATE * steep / sqrt(self._slope_evidence)
-            self._slope = max(0.0, slope)  # below, what looks better would count as worse
-            shadow.errors += error
-            shadow.squares += square
-            right[i] = DECAY_PLACES * right[i] + hit
-            tried[i] = DECAY_PLACES * tried[i] + 1.0
-            shadow.scored += 1
-            shadow.right += hit
-            if shadow.ended:
-                return
-
-    def _close(self, record: Record) -> None:
-        """Learn from a request's draft what is the same for all of its tokens: once for those seen.
-
-        One that is replaced before its end was right as far as it was compared.
-        """
-        shadow, record.shadow = record.shadow, None
-        if shadow is None or not shadow.scored:
-            return
-        self._move(shadow.common, shadow.errors, shadow.squares)
-        record.hits = DECAY_HITS * record.hits + (1.0 - DECAY_HITS) * (shadow.right > 0)
-        if shadow.ended:
-            record.last = outcome(record.last, shadow.right, OUTCOMES)
-
-    def _move(self, keys: Iterable[int], error: float, square: float) -> None:
-        """Move weights against an error, the less the more has been seen of each."""
-        weights, evidence = self._weights, self._evidence
-        error *= LEARNING_RATE
-        for key in keys:
-            seen = evidence[key] = evidence[key] + square
-            weights[key] -= error / sqrt(seen)
+            self._records[part.request_id].unread.extend(part.tokens)

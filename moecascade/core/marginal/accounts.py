@@ -128,15 +128,13 @@ class OwnAccounts:
 
         Each as if it were alone in drafting: then its draft costs it most.
         """
-        limits = []
-        for name, length in zip(request_ids, lengths, strict=True):
+        limits = list(lengths)
+        for row, name in enumerate(request_ids):
             account = self._accounts[name]
             may = self._most_lost * max(SHORTEST, account.tokens) - account.lost
             bearable = 1.0 + may / requests
-            k = length
-            while k and costs[k] > bearable:
-                k -= 1
-            limits.append(k)
+            while limits[row] and costs.item(limits[row]) > bearable:
+                limits[row] -= 1
         return limits
 
     def charge(self, parts: Sequence[RequestStep], cost: float, requests: int, drafts: int) -> None:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.acceptance import TextJudge
 from moecascade.core.marginal.judge import Rows
 from moecascade.core.ngram import NgramDrafter
 from moecascade.core.step import RequestStep, matching_prefix
+
+if TYPE_CHECKING:
+    from moecascade.core.marginal.acceptance import TextJudge
 
 STATES = 5  # of the text before a break: no match, or one of four chances of its first token
 FADING = 0.998  # of what is known of new matches, from one to the next
@@ -100,7 +103,7 @@ class AheadJudge:
             drafter = NgramDrafter(text, *self._lengths, most, self._filled)
             request = self._requests[name] = _Request(drafter)
         draft = request.drafter.propose()
-        survival = self._text.judged(name, draft) if draft else []
+        survival = self._text.judged(name, draft)
         if request.broke is not None:
             self._renew(request, request.broke, draft)
         k = min(request.k, len(draft))

@@ -53,15 +53,22 @@ def allot(
     """
     if len(lengths) == 1:  # in order already
         (row,), (rate,), (length,) = survival, rates, lengths
-        worths = [float(chance) / rate for chance in row[:length]]
+        worths = [chance / rate for chance in row[:length]]
         return [admitted(worths, requests, costs[: length + 1].tolist())]
     worth = np.asarray(survival) / np.array(rates)[:, None]
-    there = np.arange(worth.shape[1]) < np.array(lengths)[:, None]
-    slots, owners = worth[there], there.nonzero()[0]
-    best_first = np.argsort(-slots, kind="stable")
-    surplus = np.cumsum(slots[best_first]) - requests * (costs[1 : slots.size + 1] - 1.0)
-    count = int(surplus.argmax()) + 1 if slots.size and surplus.max() > 0.0 else 0
-    ks: list[int] = np.bincount(owners[best_first[:count]], minlength=len(lengths)).tolist()
+    here, width = worth.shape
+    beyond = np.arange(width) >= np.array(lengths)[:, None]
+    worth[beyond] = -1.0  # below all others
+    slots = worth.size - np.count_nonzero(beyond)
+    best_first = np.sort(worth, axis=None)[::-1][:slots]
+    surplus = np.cumsum(best_first) - requests * (costs[1 : slots + 1] - 1.0)
+    best = int(surplus.argmax()) if slots else 0
+    if not slots or surplus[best] <= 0.0:
+        return [0] * here
+    last = best_first[best]  # worth of the last one admitted, and perhaps of some that are not
+    better, as_good = np.flatnonzero(worth > last), np.flatnonzero(worth == last)
+    admitted_slots = np.concatenate([better, as_good[: best + 1 - better.size]])
+    ks: list[int] = np.bincount(admitted_slots // width, minlength=here).tolist()
     return ks
 
 

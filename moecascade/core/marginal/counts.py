@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.judge import Rows, outcome
+from moecascade.core.marginal.judge import Rows, one_by_one, outcome
 from moecascade.core.step import RequestStep
 
 LAST = 9  # outcomes of a request's last two drafts together: see `judge.outcome`
@@ -66,6 +66,7 @@ class CountsJudge:
         self._records: dict[str, _Record] = {}
         self._tried = np.zeros((STATES, width))
         self._right = np.zeros((STATES, width))
+        self._each_tried, self._each_right = one_by_one(self._tried), one_by_one(self._right)
         self._steps = 0
         self._survival = self._table()
 
@@ -97,9 +98,11 @@ class CountsJudge:
         for part in parts:
             if part.drafted:
                 right, tried = self._fared(part)
-                decided = self._records[part.request_id].decided
-                self._tried[decided, :tried] += 1.0
-                self._right[decided, :right] += 1.0
+                first = self._records[part.request_id].decided * self._width
+                for place in range(first, first + tried):
+                    self._each_tried[place] += 1.0
+                for place in range(first, first + right):
+                    self._each_right[place] += 1.0
         self.follow(parts)
         self._steps += 1
         if self._steps % RENEWED_EVERY == 0:

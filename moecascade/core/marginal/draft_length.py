@@ -25,16 +25,19 @@ BARE_EVERY = 256  # steps after which nothing is drafted, then nothing verified
 BARE_FIRST = (4, 8, 16, 32, 64)  # and at first
 
 
-def surplus_of(worth: Array, delay: Array, k: int) -> float:
-    """Return the most that drafts of `k` tokens can save beyond the delay of verifying them.
+def surpluses(worth: Array, delay: Array) -> Array:
+    """Return the most that drafts of 1, 2, ... tokens can save beyond the delay of verifying them.
 
     Args:
         worth: Steps that each slot is expected to save, shape (requests, max_k).
         delay: Steps by which the requests together are delayed where 0, 1, ... slots are verified.
-        k: Tokens drafted for each request.
     """
-    drafted = -np.sort(-worth[:, :k], axis=None)
-    return max(0.0, float((np.cumsum(drafted) - delay[1 : drafted.size + 1]).max()))
+    width = worth.shape[1]
+    best_first = np.argsort(-worth, axis=None)
+    drafted = best_first % width <= np.arange(width)[:, None]  # by length of drafts, and slot
+    worths = np.cumsum(np.where(drafted, worth.ravel()[best_first], 0.0), axis=1)
+    surplus: Array = (worths - delay[np.cumsum(drafted, axis=1)]).max(axis=1, initial=0.0)
+    return surplus
 
 
 class Drafting:
@@ -58,9 +61,7 @@ class Drafting:
             delay: Steps by which the requests together are delayed where 0, 1, ... slots are
                 verified, at least ``worth.size`` of them.
         """
-        most = worth.shape[1]
-        lately = np.array([0.0, *(surplus_of(worth, delay, k) for k in range(1, most + 1))])
-        self._worth += (1.0 - DECAY_WORTH) * (lately - self._worth)
+        self._worth[1:] += (1.0 - DECAY_WORTH) * (surpluses(worth, delay) - self._worth[1:])
 
     def length(self, pass_delay: float) -> int:
         """Return how many tokens to draft, at least 1.
@@ -109,8 +110,8 @@ class Unseen:
         """Return how many tokens to draft, at least 1.
 
         Args:
-            worth: As for `surplus_of`.
-            delay: As for `surplus_of`.
+            worth: As for `surpluses`.
+            delay: As for `surpluses`.
             pass_delay: Steps by which one pass of the drafter delays the requests together.
             ladder: The lengths to choose from, where not all are equally good.
         """
@@ -118,7 +119,8 @@ class Unseen:
         if self.bare:
             return 1
         lengths = [k for k in range(1, self._max_k + 1) if not ladder or k in ladder] or [1]
-        gains = [surplus_of(worth, delay, k) - pass_delay * (k - 1) for k in lengths]
+        surplus = surpluses(worth, delay)
+        gains = [surplus[k - 1] - pass_delay * (k - 1) for k in lengths]
         return min(lengths[int(np.argmax(gains))] + self.further, self._max_k)
 
     def amend(self, ks: Sequence[int], limits: Sequence[int]) -> list[int]:

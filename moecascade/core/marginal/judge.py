@@ -6,8 +6,8 @@ coarser and much cheaper. A judge keeps what it knows of each request by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import MutableSequence, Sequence
+from typing import Protocol, cast
 
 from moecascade.core.cost import Array
 from moecascade.core.step import RequestStep
@@ -38,7 +38,7 @@ class Judge(Protocol):
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Compare the drafts with what their requests wrote."""
 
-    def follow(self, parts: Sequence[RequestStep]) -> None:
+    def follow(self, parts: Sequence[RequestStep], /) -> None:
         """Take what requests wrote in a step that the other judge decided."""
 
 
@@ -53,3 +53,8 @@ def outcome(last: int, right: int, states: int) -> int:
         states: 3 to the power of the drafts that are remembered.
     """
     return (3 * last + (0 if right == 0 else 1 if right < 3 else 2)) % states
+
+
+def one_by_one(table: Array) -> MutableSequence[float]:
+    """Return a table's numbers in a row: the same memory, quicker to change one at a time."""
+    return cast("MutableSequence[float]", table.reshape(-1).data)

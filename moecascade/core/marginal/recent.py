@@ -1,19 +1,18 @@
 """The judge by recent drafts: a draft fares much as the request's last ones did.
 
-Coarser than `acceptance`, which reads the text, and thirty times cheaper: for batches so
-large that time for each request is short. There it is as good (docs/policies.md): a batch reads
-most experts anyway, so the question is hardly whether to draft, but who may draft how much.
+Coarser than `acceptance`, which reads the text, and a few times cheaper: for batches so large that
+time for each request is short. There it is as good (docs/policies.md): a batch reads most experts
+anyway, so the question is hardly whether to draft, but who may draft how much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from moecascade.core.cost import Array
-from moecascade.core.marginal.judge import Rows, outcome
+from moecascade.core.marginal.judge import Rows, one_by_one, outcome
 from moecascade.core.step import RequestStep
 
 REMEMBERED = 4  # drafts of a request that are its state
@@ -29,14 +28,6 @@ FIRST_CHANCE = 0.4  # of the first token of a draft before anything is known; fr
 NEXT_CHANCE = 0.7  # of the others, given that those before were right; from 0.18 to 0.7
 
 
-@dataclass(slots=True)
-class _Record:
-    """One request: its state, see `judge.outcome`, and the draft that waits for its tokens."""
-
-    state: int = FIRST
-    draft: Sequence[int] = ()
-
-
 class RecentJudge:
     """The table of chances by state, shared by all requests of a policy.
 
@@ -46,31 +37,34 @@ class RecentJudge:
 
     def __init__(self, width: int) -> None:
         """Begin with no evidence."""
-        self._records: dict[str, _Record] = {}
+        self._states: dict[str, int] = {}  # of the requests, see `judge.outcome`
+        self._drafts: dict[str, Sequence[int]] = {}  # that wait for their tokens
         self._width = width
+        rights = range(width + 1)
+        self._following = [[outcome(s, right, STATES) for right in rights] for s in range(STATES)]
         # Drafts by state and tokens right, those that ended with a wrong token apart from those of
-        # which no more was seen. Lists, because one number at a time is changed.
-        self._ended = [0.0] * (STATES * (width + 1))
-        self._cut = [0.0] * (STATES * (width + 1))
+        # which no more was seen.
+        self._ended = np.zeros((STATES, width + 1))
+        self._cut = np.zeros((STATES, width + 1))
+        self._each_ended, self._each_cut = one_by_one(self._ended), one_by_one(self._cut)
         self._steps = 0
         self._survival = self._table()
 
     def begin(self, request_id: str, _prompt: Sequence[int]) -> None:
         """Begin as if no draft had been right."""
-        self._records[request_id] = _Record()
+        self._states[request_id] = FIRST
 
     def end(self, request_id: str) -> None:
         """Forget the request."""
-        self._records.pop(request_id, None)
+        self._states.pop(request_id, None)
+        self._drafts.pop(request_id, None)
 
     def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
         """Look up the requests' states; see `Judge.propose`."""
-        states = []
-        for request_id, draft in zip(request_ids, drafts, strict=True):
-            record = self._records[request_id]
-            record.draft = draft
-            states.append(record.state)
-        survival: Array = self._survival[states]
+        if max(map(len, drafts), default=0) > self._width:
+            drafts = [draft[: self._width] for draft in drafts]
+        self._drafts = dict(zip(request_ids, drafts, strict=True))
+        survival: Array = self._survival[[self._states[name] for name in request_ids]]
         return survival
 
     def prolonged(self, survival: Rows, _lengths: Sequence[int]) -> Array:
@@ -79,39 +73,38 @@ class RecentJudge:
 
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Count how the drafts fared; now and then let the table follow."""
-        records, count = self._records, self._count
+        states, drafts, ended = self._states, self._drafts, self._each_ended
+        following, counts = self._following, self._width + 1
         for part in parts:
-            record, tokens = records[part.request_id], part.tokens
-            if record.draft and tokens:
-                record.state = count(record.state, record.draft, tokens)
-                record.draft = ()
+            name, tokens = part.request_id, part.tokens
+            draft = drafts.get(name)
+            if draft and tokens:
+                state = states[name]
+                if draft[0] != tokens[0]:  # most are, and time is short
+                    ended[state * counts] += 1.0
+                    states[name] = following[state][0]
+                    continue
+                right, compared = 1, min(len(draft), len(tokens))
+                while right < compared and draft[right] == tokens[right]:
+                    right += 1
+                fared = ended if right < compared else self._each_cut
+                fared[state * counts + right] += 1.0
+                states[name] = following[state][right]
+        self._drafts = {}
         self._steps += 1
         if self._steps % RENEWED_EVERY == 0:
             self._survival = self._table()
-            self._ended = [DECAY_TABLE * count for count in self._ended]
-            self._cut = [DECAY_TABLE * count for count in self._cut]
+            self._ended *= DECAY_TABLE
+            self._cut *= DECAY_TABLE
 
-    def follow(self, parts: Sequence[RequestStep]) -> None:
+    def follow(self, _parts: Sequence[RequestStep]) -> None:
         """Compare nothing: the drafts were others."""
-        for part in parts:
-            self._records[part.request_id].draft = ()
-
-    def _count(self, state: int, draft: Sequence[int], tokens: Sequence[int]) -> int:
-        """Count a draft by the tokens that were written; return the request's next state."""
-        if draft[0] != tokens[0]:  # most are, and time is short
-            self._ended[state * (self._width + 1)] += 1.0
-            return outcome(state, 0, STATES)
-        right, compared = 1, min(len(draft), len(tokens), self._width)
-        while right < compared and draft[right] == tokens[right]:
-            right += 1
-        counts = self._ended if right < compared else self._cut
-        counts[state * (self._width + 1) + right] += 1.0
-        return outcome(state, right, STATES)
+        self._drafts = {}
 
     def _table(self) -> Array:
         """Return the chance that at least 1, 2, ... tokens are accepted, by state."""
-        ended = np.array(self._ended).reshape(STATES, -1)
-        seen = ended + np.array(self._cut).reshape(STATES, -1)
+        ended = self._ended
+        seen = ended + self._cut
         # At least j + 1 tokens right; and: the token at j was compared.
         right = np.cumsum(seen[:, ::-1], axis=1)[:, ::-1][:, 1:]
         tried = right + ended[:, :-1]

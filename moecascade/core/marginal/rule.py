@@ -32,12 +32,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
 
 from moecascade.core.cost import CostModel
-from moecascade.core.marginal.acceptance import TextJudge
 from moecascade.core.marginal.accounts import Accounts, OwnAccounts, Rate, SharedAccount
 from moecascade.core.marginal.ahead import AheadJudge
 from moecascade.core.marginal.allocation import allot, on_ladder
@@ -51,6 +51,11 @@ from moecascade.core.utility import cost_share
 from moecascade.errors import ConfigError
 
 LARGE_BATCH_LOOKS = 8  # decisions on a large batch for which how far to draft for it holds
+
+
+def prepare() -> None:
+    """Compile, or load from disk, what is compiled: no request shall wait for it."""
+    import_module("moecascade.core.marginal.acceptance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,8 @@ class Marginal(Policy):
     settings: MarginalSettings
 
     def __init__(self, settings: MarginalSettings, max_k: int) -> None:
+        from moecascade.core.marginal.acceptance import TextJudge  # compiled, which takes a second
+
         super().__init__(settings, max_k)
         self._width = width = min(max_k, LONGEST)
         self._requests: dict[str, _Request] = {}
@@ -190,16 +197,18 @@ class Marginal(Policy):
 
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
-        if self._unseen is None and any(p.unseen for p in proposals):
+        names, n = [p.request_id for p in proposals], len(proposals) + self._others
+        asked = [(p, self._requests[p.request_id]) for p in proposals]
+        drafts = [p.tokens if r.max_k else () for p, r in asked]
+        if self._unseen is None and not any(drafts) and any(p.unseen for p in proposals):
             self._go_without_seeing()
         judge, accounts, _ = self._mode = (
             self._large if len(proposals) > self.settings.crowd else self._small
         )
-        names, n = [p.request_id for p in proposals], len(proposals) + self._others
-        requests = [self._requests[name] for name in names]
-        drafts = [p.tokens if r.max_k else () for p, r in zip(proposals, requests, strict=True)]
         survival = judge.propose(names, drafts)
-        lengths = [min(p.length, r.max_k) for p, r in zip(proposals, requests, strict=True)]
+        lengths = [
+            r.max_k if (length := len(p.tokens) or p.unseen) > r.max_k else length for p, r in asked
+        ]
         costs = self._costs.costs(n, len(names) * self._width)
         rates = accounts.rates(names)
         limits = accounts.limits(names, lengths, n, costs)
@@ -214,7 +223,7 @@ class Marginal(Policy):
             self._ahead_of.decided(names, ks)
         self._batch = _Batch(n, names, survival, lengths, rates, ks)
         self._ahead_for -= 1
-        return [r.decisions[k] for r, k in zip(requests, ks, strict=True)]
+        return [r.decisions[k] for (_, r), k in zip(asked, ks, strict=True)]
 
     def observe(self, step: Step) -> None:
         """Learn cost from decode steps, acceptance from every step's tokens."""
