@@ -6,7 +6,6 @@ depend on the draft length. Its KV cache is small, so that preemption can be pro
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import subprocess
@@ -187,24 +186,7 @@ def make_engine(step_log: Path, speculative: Mapping[str, Any], **settings: Any)
         },
         **settings,
     }
-    with second_engine():
-        return Engine(LLM(**arguments), step_log)
-
-
-@contextlib.contextmanager
-def second_engine() -> Iterator[None]:
-    """Let vLLM start twice in one process.
-
-    At start vLLM 0.32 looks through the attributes of all modules, and stumbles over one of
-    llvmlite's that answers to every name; n-gram drafting has imported it by a second start.
-    """
-    name = "llvmlite.binding.ffi"
-    hidden = sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        if hidden is not None:
-            sys.modules[name] = hidden
+    return Engine(LLM(**arguments), step_log)
 
 
 def stop_engine(engine: Engine) -> None:

@@ -1,4 +1,6 @@
-"""Two repairs of how CPU builds of vLLM 0.32 sample. Builds for GPUs are not concerned.
+"""Repairs of CPU builds of vLLM 0.32: two of how they sample, one of how they start a second time.
+
+Builds for GPUs are not concerned.
 
 vLLM calls `repair_cpu_sampling` in each of its processes (entry point group
 ``vllm.general_plugins``). Each repair leaves alone what it does not know, so it is gone when vLLM
@@ -7,6 +9,9 @@ mends the fault.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from moecascade.vllm.support import logger
@@ -59,6 +64,22 @@ def _spread_temperatures() -> None:
     cpu_triton_utils._expand_kernel_impl = expand  # noqa: SLF001
 
 
+@contextmanager
+def _without_llvmlite() -> Iterator[None]:
+    """Let vLLM look through the attributes of all modules without stumbling.
+
+    It does so where it makes a worker in this process. One of llvmlite's modules has an object that
+    answers to every name; numba has imported it where a policy was made before, or an engine.
+    """
+    name = "llvmlite.binding.ffi"
+    hidden = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules[name] = hidden
+
+
 def _spare_generators(platform: Any) -> None:
     """Let the engine survive a request with a seed whose prompt is computed in several steps.
 
@@ -71,7 +92,8 @@ def _spare_generators(platform: Any) -> None:
     theirs = platform.register_triton_kernel_overrides
 
     def register() -> None:
-        theirs()
+        with _without_llvmlite():
+            theirs()
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         sample = CPUModelRunner.sample_tokens
