@@ -50,7 +50,7 @@ IDLE = 2.0  # seconds after which clients give a connection up; the server does 
 GREEDY = 24  # prompts whose text is known
 GREEDY_TOKENS = 48
 MOST_GROWTH = 1.0  # MB for a thousand requests
-FEWEST = 1000  # requests after which growth can be told from warming up
+LONG = 10.0  # minutes after which growth can be told from warming up
 BLOCKS = 14  # of the KV cache, 128 tokens each: room for eight short requests, not for long ones
 POLICIES = ("marginal", "cascade", "off", "static:1", "static:3", "static:8", "goodput",
             "sglang-adaptive", "dynamic-table", "hf-heuristic", "bandit", "survival-budget",
@@ -253,16 +253,13 @@ def counted(url: str, name: str) -> float:
     return sum(sample.value for sample in samples if sample.name == name)
 
 
-def growth(memory: list[tuple[int, float]]) -> float | None:
-    """Return MB for a thousand requests, by the second half of the run; None where it is short."""
+def growth(memory: list[tuple[int, float]]) -> float:
+    """Return MB for a thousand requests, by the second half of the run."""
     rest = memory[len(memory) // 2 :]
-    if not rest or rest[-1][0] - rest[0][0] < FEWEST / 2:
-        return None
-    slope = statistics.linear_regression([n for n, _ in rest], [mb for _, mb in rest]).slope
-    return 1000 * slope
+    return 1000 * statistics.linear_regression([n for n, _ in rest], [mb for _, mb in rest]).slope
 
 
-def rows(soak: Soak, console: Console) -> bool:
+def rows(soak: Soak, minutes: float, console: Console) -> bool:
     """Print the table; return whether all is as it should be."""
     deadline = time.monotonic() + 30
     while counted(soak.url, f"{PREFIX}requests_running") and time.monotonic() < deadline:
@@ -291,8 +288,8 @@ def rows(soak: Soak, console: Console) -> bool:
         ("policies kept", f"{counted(soak.url, f'{PREFIX}policies'):.0f}", True),
         (
             "engine's memory, MB for 1,000 requests",
-            "too short to tell" if grows is None else f"{grows:+.2f}",
-            grows is None or grows < MOST_GROWTH,
+            f"{grows:+.2f}" + ("" if minutes >= LONG else ", too short to judge"),
+            minutes < LONG or grows < MOST_GROWTH,
         ),
     ]
     table = Table(title="Soak")
@@ -333,7 +330,7 @@ def main() -> None:
             engine = next(p for p in family if "EngineCore" in " ".join(p.cmdline()))
             soak = Soak(running.launch.url, planned.model, random.Random(asked.seed))
             asyncio.run(run(soak, engine, 60 * asked.minutes, console))
-            good = rows(soak, console)
+            good = rows(soak, asked.minutes, console)
         left = [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     if left:
         console.print(f"processes left behind: {len(left)}")
