@@ -199,5 +199,6 @@ class TextJudge:
 
     def follow(self, parts: Sequence[RequestStep]) -> None:
         """Extend the texts; their drafts were not waited for."""
+        records = self._records
         for part in parts:
-            self._records[part.request_id].unread.extend(part.tokens)
+            records[part.request_id].unread.extend(part.tokens)

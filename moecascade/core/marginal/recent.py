@@ -61,8 +61,6 @@ class RecentJudge:
 
     def propose(self, request_ids: Sequence[str], drafts: Sequence[Sequence[int]]) -> Array:
         """Look up the requests' states; see `Judge.propose`."""
-        if max(map(len, drafts), default=0) > self._width:
-            drafts = [draft[: self._width] for draft in drafts]
         self._drafts = dict(zip(request_ids, drafts, strict=True))
         survival: Array = self._survival[[self._states[name] for name in request_ids]]
         return survival
@@ -74,7 +72,7 @@ class RecentJudge:
     def learn(self, parts: Sequence[RequestStep]) -> None:
         """Count how the drafts fared; now and then let the table follow."""
         states, drafts, ended = self._states, self._drafts, self._each_ended
-        following, counts = self._following, self._width + 1
+        following, width, counts = self._following, self._width, self._width + 1
         for part in parts:
             name, tokens = part.request_id, part.tokens
             draft = drafts.get(name)
@@ -84,7 +82,7 @@ class RecentJudge:
                     ended[state * counts] += 1.0
                     states[name] = following[state][0]
                     continue
-                right, compared = 1, min(len(draft), len(tokens))
+                right, compared = 1, min(len(draft), len(tokens), width)
                 while right < compared and draft[right] == tokens[right]:
                     right += 1
                 fared = ended if right < compared else self._each_cut

@@ -15,9 +15,9 @@ In a batch all (request, position) slots compete: a token of request r is worth 
 lambda, verifying it delays all n requests, and the number of slots admitted, best first, is the one
 that maximises worth less delay.
 
-A judge says what drafts will earn. One reads the request's text (`acceptance`), which takes some
-forty microseconds a request and step. In a batch of more than `crowd` requests another judges by
-how the request's last drafts fared (`recent`). There all pay at one lambda, the rate of the batch,
+A judge says what drafts will earn. One reads the request's text (`acceptance`), which takes six
+microseconds more a request and step. In a batch of more than `crowd` requests another judges by how
+the request's last drafts fared (`recent`). There all pay at one lambda, the rate of the batch,
 which makes its throughput highest (`accounts`).
 
 Asynchronous scheduling shows no drafts, and asks one step early. Of a drafter that searches the
@@ -198,7 +198,8 @@ class Marginal(Policy):
     def decide(self, proposals: Sequence[Proposal]) -> list[Decision]:
         """Admit the slots that pay, best first."""
         names, n = [p.request_id for p in proposals], len(proposals) + self._others
-        asked = [(p, self._requests[p.request_id]) for p in proposals]
+        requests = [self._requests[name] for name in names]
+        asked = list(zip(proposals, requests, strict=True))
         drafts = [p.tokens if r.max_k else () for p, r in asked]
         if self._unseen is None and not any(drafts) and any(p.unseen for p in proposals):
             self._go_without_seeing()
@@ -223,7 +224,7 @@ class Marginal(Policy):
             self._ahead_of.decided(names, ks)
         self._batch = _Batch(n, names, survival, lengths, rates, ks)
         self._ahead_for -= 1
-        return [r.decisions[k] for (_, r), k in zip(asked, ks, strict=True)]
+        return [r.decisions[k] for r, k in zip(requests, ks, strict=True)]
 
     def observe(self, step: Step) -> None:
         """Learn cost from decode steps, acceptance from every step's tokens."""
