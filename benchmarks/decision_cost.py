@@ -9,8 +9,8 @@ early, as with asynchronous scheduling: `searched` is a drafter that searches th
 that does not. `--cold` touches 64 MB of other memory while each step runs: a model leaves nothing
 of ours in the processor's caches, so this is what an engine sees.
 
-One request has to stay below 20 microseconds, a batch of 256 below 300 in all, and the paper's
-policy below 30 a request; with warm caches.
+With warm caches one request is to take 20 microseconds, a batch of 256 less than 300 in all, and
+the paper's policy less than 30 a request.
 """
 
 from __future__ import annotations
