@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from rich.console import Console
@@ -27,7 +27,9 @@ FREE = {
     "drafting": (2e-5, 2e-3),
     "affinity": (0.05, 0.6),
 }
-"""The constants that are fitted, each within what can be."""
+"""The constants that are fitted on engines whose host works ahead, each within what can be."""
+WAITING = {"waiting": (1e-4, 1e-2)}
+"""The one that is fitted, after them, on those whose host does not."""
 ROUNDS = 60
 
 
@@ -48,12 +50,13 @@ def loss(points: Sequence[Point], constants: Constants) -> float:
     return sum(means) / len(means)
 
 
-def fitted(points: Sequence[Point]) -> Constants:
+def fitted(
+    points: Sequence[Point], free: Mapping[str, tuple[float, float]], found: Constants
+) -> Constants:
     """Return the constants that fit points best, found one at a time with shrinking steps."""
-    found = Constants()
     least, step = loss(points, found), 0.4
     for _ in range(ROUNDS):
-        for name, (low, high) in FREE.items():
+        for name, (low, high) in free.items():
             for factor in (1.0 + step, 1.0 / (1.0 + step)):
                 value = min(max(getattr(found, name) * factor, low), high)
                 tried = replace(found, **{name: value})
@@ -73,7 +76,9 @@ def main() -> None:
     asked = parser.parse_args()
     constants = Constants()
     if asked.fit:
-        constants = fitted([point for point in published() if point.fits])
+        fits = [point for point in published() if point.fits]
+        constants = fitted([point for point in fits if point.overlap], FREE, constants)
+        constants = fitted([point for point in fits if not point.overlap], WAITING, constants)
         print({name: float(f"{value:.2g}") for name, value in asdict(constants).items()})
     table = Table("source", "", "points", "median error", "mean", "worst")
     for source, points in by_source(published()).items():

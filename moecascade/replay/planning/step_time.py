@@ -10,7 +10,8 @@ MoE different is how many experts are read: U of E, not all, and more with every
 come launches for each layer, what the host does for each step, and the network between cards.
 
 The constants are few (`Constants`). Seven are fitted on other people's measurements of vLLM by
-``benchmarks/published.py --fit``; `reading`, `computing` and `exchange` are guesses.
+``benchmarks/published.py --fit``, `waiting` on two of SGLang's; `reading`, `computing` and
+`exchange` are guesses.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Constants:
         affinity: Part of a position's experts that the one before it in the text has chosen too,
             beyond chance.
         exchange: Seconds of latency of one exchange between cards.
+        waiting: Seconds of a step in which the device waits for the host, in engines whose host
+            does not work ahead while it drafts. Not vLLM's: only `validation` uses it.
     """
 
     reading: float = 0.75
@@ -57,6 +60,7 @@ class Constants:
     drafting: float = 8.6e-5
     affinity: float = 0.32
     exchange: float = 8e-6
+    waiting: float = 2.5e-3
 
 
 @dataclass(frozen=True, slots=True)

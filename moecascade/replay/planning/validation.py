@@ -41,6 +41,8 @@ class Point:
         length: Tokens a step with drafts gave, where that is published.
         cost: Time of a step with drafts over one without.
         how: How that follows from what was published.
+        overlap: Whether the engine's host works ahead of the device while it drafts. vLLM's does;
+            SGLang's did not until 2026, and not with trees.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Point:
     length: float | None
     cost: float
     how: str
+    overlap: bool = True
 
     def predicted(self, constants: Constants) -> float:
         """Return what the planner says of it."""
@@ -66,7 +69,8 @@ class Point:
         load = {"requests": self.requests, "context": CONTEXT}
         drafter = find_drafter(self.drafter, model)
         drafting = drafting_time(drafter, setup, k=self.passes or 0, **load)
-        with_drafts = step_time(model, setup, k=self.k, **load).total + drafting
+        waiting = 0.0 if self.overlap else constants.waiting
+        with_drafts = step_time(model, setup, k=self.k, **load).total + drafting + waiting
         return with_drafts / step_time(model, setup, **load).total
 
 
