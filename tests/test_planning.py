@@ -263,6 +263,36 @@ def test_tables_fit_80_columns(cli: Callable[..., Answer], monkeypatch: pytest.M
     assert "moecascade serve Qwen/Qwen3-30B-A3B" in shown.stdout
 
 
+def test_the_plot_is_drawn_where_asked_for(
+    cli: Callable[..., Answer], tmp_path: Path
+) -> None:
+    file = tmp_path / "new" / "plan.svg"
+    asked = ("plan", "Qwen3-30B-A3B", "--device", "H100", "--drafter", "eagle3", "--plot")
+    assert cli(*asked, file).returncode == 0
+    drawn = file.read_text()
+    for word in ("costs, 64 at once", "chat, EAGLE-3", "experts", "K=8", "Qwen3-30B-A3B on H100"):
+        assert word in drawn
+    answer = cli(*asked, tmp_path / "plan.doc")
+    assert answer.returncode == 2
+    assert "plan.doc: cannot be written" in answer.stderr
+
+
+@pytest.mark.parametrize("profile", plan.profiles_for("ngram"), ids=lambda profile: profile.name)
+def test_a_fixed_k_gains_where_its_drafts_give_more_than_they_cost(profile: plan.Profile) -> None:
+    """The two ways to see it agree: all steps' speed-up, and the tokens of a step with a draft."""
+    setup = Setup(devices.find("RTX-6000-Ada"), bits=8.0)
+    model = plan.find_model("Mixtral-8x7B-v0.1")
+    drafter = plan.find_drafter("ngram", model)
+    found = plan.choices(model, setup, drafter, requests=(1, 4), profiles=[profile])
+    seen = set()
+    for choice in found:
+        gain, tokens = choice.speedups[profile.name], profile.tokens_of_a_draft(choice.k)
+        if choice.k and gain is not None and tokens is not None:
+            assert (gain > 1.0) == (tokens > choice.cost)
+            seen.add(gain > 1.0)
+    assert True in seen
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +68,10 @@ def plan(
     ] = 1024,
     max_k: Annotated[int, typer.Option(metavar="K", min=1, help="Longest draft.")] = 8,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw costs and gains, too (.png, .svg, .pdf)."),
+    ] = None,
 ) -> None:
     """Say what drafts would cost and gain on MODEL, before anything is deployed.
 
@@ -93,6 +98,8 @@ def plan(
         context=context,
         profiles=profiles,
     )
+    if plot is not None:
+        _draw(plot, found_model, setup, chosen, found, profiles)
     if json:
         print(jsonlib.dumps(_as_json(found_model, setup, chosen, found, profiles), indent=1))
         return
@@ -101,6 +108,30 @@ def plan(
     for table in (_times(found), _costs(found, max_k), *_gains(found, profiles, max_k)):
         screen.print(table)
     screen.print(escape(_advice(found_model, setup, chosen, found, profiles)), highlight=False)
+
+
+def _draw(
+    path: Path,
+    model: Model,
+    setup: Setup,
+    drafter: Drafter,
+    found: Sequence[Choice],
+    profiles: Sequence[Profile],
+) -> None:
+    """Write the chart; SetupError or ConfigError where that cannot be."""
+    from moecascade.evaluation.report import charts
+
+    figure = charts.planned(found, profiles, narrow=False)
+    cards = f"{setup.cards} x {setup.device.name}" if setup.cards > 1 else setup.device.name
+    caption = (
+        "Estimated from the model's configuration and the device's data sheet. A draft pays where "
+        "the text's line lies above the load's."
+    )
+    title = f"{model.name.rpartition('/')[2]} on {cards}, drafter {drafter.name}"
+    try:
+        charts.save(figure, path, title, caption)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error})") from None
 
 
 def bits_of(dtype: str | None) -> float | None:

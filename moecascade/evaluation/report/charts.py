@@ -1,4 +1,4 @@
-"""The report's charts: which there are, how to read them, and how they are drawn.
+"""Charts, the report's first: which there are, how to read them, and how they are drawn.
 
 Every chart comes in two shapes, wide for screens and paper and narrow for phones, with text that is
 readable in both. matplotlib is imported here only, and only when something is drawn.
@@ -23,6 +23,8 @@ from moecascade.evaluation.report.diagnostics import Course, StepTime, UtilityPo
 from moecascade.evaluation.report.roles import static_k
 from moecascade.evaluation.report.speedups import Cell, Condition, by_workload, totals
 from moecascade.evaluation.request_record import BASELINE
+from moecascade.replay.planning.plan import Choice, Profile
+from moecascade.replay.planning.step_time import as_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -320,6 +322,43 @@ def k_shares(shares: Mapping[str, Mapping[int, float]], narrow: bool) -> Figure:
         handlelength=1,
         columnspacing=1,
     )
+    return figure
+
+
+def planned(found: Sequence[Choice], profiles: Sequence[Profile], narrow: bool) -> Figure:
+    """What drafts cost and what they give by K; and where the time of a step goes."""
+    figure, (ax, parts) = _new(narrow, 3.8, columns=2)
+    loads = list(dict.fromkeys(choice.requests for choice in found))
+    most = max(choice.k for choice in found)
+    for i, n in enumerate(loads):
+        mine = [choice for choice in found if choice.requests == n]
+        colour = _blend("#9db9d6", "#0f2a4a", i / max(1, len(loads) - 1))
+        label = f"costs, {n} at once"
+        ax.plot([c.k for c in mine], [c.cost for c in mine], "-", color=colour, label=label)
+    for i, profile in enumerate(profiles):
+        tokens = [profile.tokens_of_a_draft(k) for k in range(most + 1)]
+        known = [value for value in tokens if value is not None]
+        shade = _blend("#f0a875", "#7c2d12", i / max(1, len(profiles) - 1))
+        ax.plot(range(len(known)), known, "o--", color=shade, ms=3, lw=1, label=profile.name)
+    ax.set_xlabel("draft length K")
+    ax.set_title("Cost of a step, tokens it gives (dashed)", loc="left")
+    ax.legend(fontsize=7)
+    ends = [choice for choice in found if choice.k in (0, most)]
+    places, top = range(len(ends)), np.zeros(len(ends))
+    took = [as_dict(choice.step) for choice in ends]
+    names = [name for name in took[0] if name != "total" and any(one[name] for one in took)]
+    for i, name in enumerate(names):
+        shade = _blend("#dbe7f3", "#0f2a4a", i / max(1, len(names) - 1))
+        shade = {"experts": EMPHASIS["cascade"], "drafting": EMPHASIS["marginal"]}.get(name, shade)
+        heights = np.array([one[name] for one in took])
+        parts.bar(places, heights, bottom=top, color=shade, label=name)
+        top += heights
+    parts.set_xticks(places, [f"n={choice.requests}\nK={choice.k}" for choice in ends])
+    parts.tick_params(axis="x", labelsize=7.5)
+    parts.grid(visible=False, axis="x")
+    parts.set_title("Milliseconds of a step", loc="left")
+    handles, labels = parts.get_legend_handles_labels()
+    parts.legend(handles[::-1], labels[::-1], fontsize=7)
     return figure
 
 

@@ -52,6 +52,11 @@ class Profile:
         """Return the tokens that a step gives which verifies K; None beyond what was measured."""
         return 1.0 + sum(self.survival[:k]) if k <= len(self.survival) else None
 
+    def tokens_of_a_draft(self, k: int) -> float | None:
+        """Return the tokens of a step with a draft, which pays where it costs less than that."""
+        tokens = self.tokens(k)
+        return None if tokens is None else 1.0 + (tokens - 1.0) / self.found
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
