@@ -93,8 +93,8 @@ def main() -> None:
             f"{worst:+.0%}",
         )
     Console().print(table)
-    for what, fits in (("fitting", True), ("checking", False)):
-        points = [point for point in published() if point.fits is fits]
+    for what, fitting in (("fitting", True), ("checking", False)):
+        points = [point for point in published() if point.fits is fitting]
         found, right = errors(points, constants), signs(points, constants)
         near = sum(abs(error) <= 0.4 for error in found) / len(found)
         line = f"{what}: {len(points)} points of {len(by_source(points))} sources, median error "

@@ -263,9 +263,7 @@ def test_tables_fit_80_columns(cli: Callable[..., Answer], monkeypatch: pytest.M
     assert "moecascade serve Qwen/Qwen3-30B-A3B" in shown.stdout
 
 
-def test_the_plot_is_drawn_where_asked_for(
-    cli: Callable[..., Answer], tmp_path: Path
-) -> None:
+def test_the_plot_is_drawn_where_asked_for(cli: Callable[..., Answer], tmp_path: Path) -> None:
     file = tmp_path / "new" / "plan.svg"
     asked = ("plan", "Qwen3-30B-A3B", "--device", "H100", "--drafter", "eagle3", "--plot")
     assert cli(*asked, file).returncode == 0
