@@ -15,6 +15,8 @@ import pytest
 
 from moecascade import localmodel
 from moecascade.errors import ConfigError, SetupError
+from moecascade.replay.planning import devices, plan
+from moecascade.replay.planning.step_time import Setup
 from moecascade.vllm import compat, drafters, support
 from tests import matrix
 from tests.conftest import NGRAM
@@ -126,6 +128,32 @@ def test_the_models_experts_are_read_or_left_open(config: Any, facts: dict[str, 
     model = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
     found: Any = SimpleNamespace(model_config=model)
     assert support.model_facts(found) == facts
+
+
+def test_what_steps_take_is_expected_where_model_and_device_are_known() -> None:
+    """Mixtral's layers on an H100: the planner's times; on a device that nobody knows: nothing."""
+    values = plan._models()["mistralai/Mixtral-8x7B-v0.1"]["config"]
+    model = SimpleNamespace(
+        model="mixtral",
+        hf_config=SimpleNamespace(to_dict=lambda: values),
+        quantization=None,
+        dtype=SimpleNamespace(itemsize=2),
+    )
+    parallel = SimpleNamespace(
+        tensor_parallel_size=2, enable_expert_parallel=False, data_parallel_size=1
+    )
+    found: Any = SimpleNamespace(
+        model_config=model,
+        parallel_config=parallel,
+        speculative_config=SimpleNamespace(num_speculative_tokens=8),
+    )
+    setup = Setup(devices.find("H100"), 2, bits=16.0)
+    mixtral = plan.find_model("Mixtral-8x7B-v0.1")
+    expected = support.expected_facts(found, "NVIDIA H100 80GB HBM3")["expected"]
+    assert expected == plan.expected_times(mixtral, setup, max_k=8)
+    assert support.expected_facts(found, "cpu") == {}
+    model.hf_config = SimpleNamespace(to_dict=lambda: {"model_type": "of tomorrow"})
+    assert support.expected_facts(found, "NVIDIA H100 80GB HBM3") == {}
 
 
 def filled_up(text: list[int], longest: int) -> tuple[list[int], list[int]]:

@@ -183,6 +183,21 @@ def test_the_prior_is_that_of_the_model_served() -> None:
     assert dense.cost(1, 8) < 1.1 < few.cost(1, 8) < many.cost(1, 8)
 
 
+def test_a_first_guess_that_is_given_holds_until_steps_say_otherwise() -> None:
+    """Exact at 1, 2, 4, ... positions, between them in between, beyond them on as at the end."""
+    expected = [3.0, 4.5, 6.0, 6.6, 13.2]
+    model = CostModel(64, 8, expected=expected)
+    for octave, time in enumerate(expected):
+        assert model.cost(1, 2**octave - 1) == pytest.approx(time / 3.0)
+    assert 1.5 < model.cost(1, 2) < 2.0
+    assert model.cost(16, 16) == pytest.approx(2.0)
+    for _ in range(100):
+        model.observe(1, 1.0)
+        model.observe(2, 1.1)
+    assert model.cost(1, 1) == pytest.approx(1.1, rel=0.02)
+    assert model.cost(1, 15) == pytest.approx(4.4, rel=0.05)  # not measured: as it was
+
+
 def test_costs_never_fall_below_those_of_a_step_without_drafts() -> None:
     """Also where noise has it that drafts make a step shorter."""
     model = CostModel()

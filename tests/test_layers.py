@@ -18,7 +18,8 @@ FLOORS = (
     ("core",),
     ("policies", ""),  # the public faces of core
     ("telemetry",),
-    ("replay", "vllm", "localmodel"),
+    ("replay", "localmodel"),
+    ("vllm",),  # whose first guess of costs is replay.planning's
     ("serving",),
     ("evaluation",),
     ("cli",),

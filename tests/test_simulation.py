@@ -48,6 +48,15 @@ def test_replay_takes_the_time_that_the_planner_says(batch: int) -> None:
         assert made.cost(requests * (k + 1)) == pytest.approx(took / one)
 
 
+@pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "OLMoE-1B-7B-0924", "Llama-3.1-8B-Instruct"])
+def test_the_planner_s_expectation_is_what_its_steps_take(name: str) -> None:
+    model = plan.find_model(name)
+    times = plan.expected_times(model, DEVICE, max_k=7)
+    assert times == sorted(times)
+    assert times[3] == step_time(model, DEVICE, k=7, context=0).total
+    assert times[4] == step_time(model, DEVICE, requests=8, k=1, context=0).total
+
+
 def test_the_paper_s_models_come_out_in_order() -> None:
     """An oracle above all, `marginal` above `cascade`, and neither slower than no speculation."""
     engines = [

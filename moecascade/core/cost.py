@@ -113,14 +113,17 @@ class Shape:
     Args:
         experts: Routed experts a layer.
         top_k: Experts that a token is routed to.
+        expected: Times of 1, 2, 4, 8, ... positions, in any unit, which are the prior where they
+            are given; else it follows from the experts.
 
     Attributes:
         steps: Steps that it has learnt from.
     """
 
-    def __init__(self, experts: int, top_k: int) -> None:
+    def __init__(self, experts: int, top_k: int, expected: Sequence[float] = ()) -> None:
         """Start from the prior alone."""
         self._experts, self._top_k = experts, top_k
+        self._expected = np.log(expected) - np.log(expected[0]) if expected else None
         self.steps = 0
         self._weight: dict[int, float] = {}  # by bucket
         self._ratio: dict[int, float] = {}  # measured over prior, by bucket
@@ -174,6 +177,12 @@ class Shape:
         return drawn
 
     def _prior(self, positions: Number) -> Number:
+        known = self._expected
+        if known is not None:  # in octaves, and on as the last one goes
+            octaves = np.log2(positions)
+            beyond = np.maximum(0.0, octaves - (len(known) - 1)) * (known[-1] - known[-2])
+            given: Number = np.exp(np.interp(octaves, np.arange(len(known)), known) + beyond)
+            return given
         union = expert_union(positions, self._experts, self._top_k) / self._top_k
         prior: Number = 1.0 + EXPERT_SHARE * (union - 1.0) + GROWTH * np.log(positions)
         return prior
@@ -266,11 +275,18 @@ class CostModel:
         experts: Routed experts a layer, which give the prior its shape; 1 for a dense model.
         top_k: Experts that a token is routed to; 1 for a dense model.
         ladder: See `Loose`.
+        expected: See `Shape`.
     """
 
-    def __init__(self, experts: int = 8, top_k: int = 2, ladder: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        experts: int = 8,
+        top_k: int = 2,
+        ladder: Sequence[int] = (),
+        expected: Sequence[float] = (),
+    ) -> None:
         """Start from the prior alone."""
-        self._experts, self._top_k = experts, top_k
+        self._experts, self._top_k, self._prior = experts, top_k, expected
         self._level = Level()
         self._loose = Loose(ladder)
         self._begin()
@@ -286,7 +302,7 @@ class CostModel:
 
     def _begin(self) -> None:
         """Forget the shape that was measured, and passes."""
-        self._shape = Shape(self._experts, self._top_k)
+        self._shape = Shape(self._experts, self._top_k, self._prior)
         self._passes = Passes()
         self._read: Array | None = None  # the curve that `_costs` are of
         self._costs: dict[int, Array] = {}  # by requests

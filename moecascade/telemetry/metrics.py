@@ -261,7 +261,7 @@ class Metrics:
         """Begin at 0."""
         facts = facts or {}
         self.costs = CostModel(
-            **{k: facts[k] for k in ("experts", "top_k", "ladder") if k in facts}
+            **{k: facts[k] for k in ("experts", "top_k", "ladder", "expected") if k in facts}
         )
         self.parts: dict[str, Part] = {}
         self.totals = Totals()

@@ -53,6 +53,22 @@ def engines(config: VllmConfig) -> int:
     return int(config.parallel_config.data_parallel_size)
 
 
+def device_name() -> str:
+    """Return what the driver calls the device, "" where there is none to ask."""
+    from vllm.platforms import current_platform
+
+    try:
+        return str(current_platform.get_device_name())
+    except Exception:  # noqa: BLE001 -- drivers' errors are of many kinds, and a name is a luxury
+        return ""
+
+
+def weight_bits(config: VllmConfig) -> float | None:
+    """Return the bits of a weight; None where its quantisation says."""
+    model = config.model_config
+    return None if model.quantization else 8.0 * model.dtype.itemsize
+
+
 def model_name(config: VllmConfig) -> str:
     """Return the name by which requests ask for the model."""
     served = config.model_config.served_model_name

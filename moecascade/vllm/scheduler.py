@@ -78,6 +78,7 @@ class Scheduler(VllmScheduler):
         self.cascade_faults: Counter[str] = Counter()
         facts = support.facts(config)
         options = server_options(config.additional_config, self._max_k, facts, shows_drafts)
+        facts |= support.expected_facts(config, compat.device_name())
         self._clock = StepClock()
         self.controller = Controller(
             options, self._max_k, self._report, facts, shows_drafts, time.perf_counter

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moecascade.errors import ConfigError, SetupError
+from moecascade.replay.planning import devices, plan
+from moecascade.replay.planning.architecture import parse
+from moecascade.replay.planning.step_time import Setup
 from moecascade.vllm import compat, drafters
 
 if TYPE_CHECKING:
@@ -88,6 +91,28 @@ def facts(config: VllmConfig) -> dict[str, Any]:
     """Return what policies may want to know of the target, the drafter and CUDA graphs."""
     graphs = drafters.ladder(config) if config.speculative_config else {}
     return {**model_facts(config), **drafters.search_facts(config), **graphs}
+
+
+def expected_facts(config: VllmConfig, device: str) -> dict[str, list[float]]:
+    """Return what the planner expects steps to take, where it knows model and device.
+
+    Args:
+        config: The engine's.
+        device: What the driver calls the card.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    try:
+        found = parse(str(model.model), model.hf_config.to_dict())
+        split = parallel.tensor_parallel_size
+        whole = bool(parallel.enable_expert_parallel)
+        if whole:  # experts are spread over the ranks of data, too
+            split *= parallel.data_parallel_size
+        setup = Setup(devices.find(device), split, whole, compat.weight_bits(config))
+        times = plan.expected_times(found, setup, max_k=drafters.max_k(config))
+    except Exception as error:  # noqa: BLE001 -- configurations are of all kinds; a guess is a luxury
+        logger.debug("moecascade: no plan of step times, they are learnt from nothing: %s", error)
+        return {}
+    return {"expected": times}
 
 
 def model_facts(config: VllmConfig) -> dict[str, int]:

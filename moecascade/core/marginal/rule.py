@@ -46,6 +46,7 @@ from moecascade.core.marginal.draft_length import Drafting, Unseen
 from moecascade.core.marginal.judge import LONGEST, Judge, Rows
 from moecascade.core.marginal.recent import RecentJudge
 from moecascade.core.policy import Policy
+from moecascade.core.settings import MOST
 from moecascade.core.step import Decision, Expectation, Proposal, Step
 from moecascade.core.utility import cost_share
 from moecascade.errors import ConfigError
@@ -76,6 +77,8 @@ class MarginalSettings:
         filled: Whether drafts are filled up where nothing was found, and verified all the same.
         ladder: Draft lengths for which the engine has whole CUDA graphs, where it has some; it says
             so as well.
+        expected: Times of steps of 1, 2, 4, 8, ... positions, in any unit, for the cost model's
+            first guess where model and device are known; the engine says them.
     """
 
     experts: int = 8
@@ -87,6 +90,7 @@ class MarginalSettings:
     search_max: int = 0
     filled: bool = False
     ladder: Sequence[int] = ()
+    expected: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges; ConfigError names the setting and what is allowed."""
@@ -112,6 +116,13 @@ class MarginalSettings:
             raise ConfigError(
                 "options of policy 'marginal': ladder must hold draft lengths, such as "
                 f"[0, 1, 3], got {self.ladder!r}"
+            )
+        if len(self.expected) == 1 or not all(
+            isinstance(time, int | float) and 0 < time <= MOST for time in self.expected
+        ):
+            raise ConfigError(
+                "options of policy 'marginal': expected must hold the times of 1, 2, 4, ... "
+                f"positions, such as [1, 1.5, 2.2], got {self.expected!r}"
             )
         if not self.rate_memory >= 1:
             raise ConfigError(
@@ -162,7 +173,9 @@ class Marginal(Policy):
         super().__init__(settings, max_k)
         self._width = width = min(max_k, LONGEST)
         self._requests: dict[str, _Request] = {}
-        self._costs = CostModel(settings.experts, settings.top_k, settings.ladder)
+        self._costs = CostModel(
+            settings.experts, settings.top_k, settings.ladder, settings.expected
+        )
         memory, every = settings.rate_memory, Rate.first()
         self._text, self._own = TextJudge(width), OwnAccounts(memory, settings.most_lost, every)
         self._recent = RecentJudge(width)

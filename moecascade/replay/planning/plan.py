@@ -27,6 +27,7 @@ from moecascade.replay.planning.step_time import (
 
 SEARCHES = ("ngram", "suffix")
 HEADS = ("eagle", "eagle3", "mtp")
+OCTAVES = 12  # of positions in a step: up to 4096
 DRAFTERS = (*SEARCHES, *HEADS, "draft_model")
 
 
@@ -121,6 +122,19 @@ def break_even(k: int, cost: float) -> float | None:
         middle = (low + high) / 2
         low, high = (middle, high) if sum(middle**j for j in range(k + 1)) < cost else (low, middle)
     return high
+
+
+def expected_times(model: Model, setup: Setup, *, max_k: int) -> list[float]:
+    """Return the seconds of steps that compute 1, 2, 4, ... positions, as cost models take them.
+
+    As many as one request's drafts can be are that; more are of requests with a draft each.
+    """
+    times = []
+    for octave in range(OCTAVES + 1):
+        positions = 2**octave
+        n = 1 if positions <= max_k + 1 else positions // 2
+        times.append(step_time(model, setup, requests=n, k=positions / n - 1, context=0).total)
+    return times
 
 
 def best(found: Sequence[Choice], profile: str) -> dict[int, Choice]:
