@@ -339,7 +339,7 @@ def test_a_server_that_ends_while_requests_run_leaves_nothing(tmp_path: Path, ma
         body = {"model": "local", "prompt": "1, 2, 3,", "max_tokens": 400, "ignore_eos": True}
         with ThreadPoolExecutor(3) as pool:
             asked = [
-                pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=120)
+                pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=20)
                 for _ in range(3)
             ]
             wait_until(lambda: 'k="0"' in httpx.get(f"{url}/metrics").text, 60)

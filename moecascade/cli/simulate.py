@@ -56,6 +56,11 @@ def simulate(
             "traces hold, at the cost of such a drafter.",
         ),
     ] = "ngram",
+    ngram_min: Annotated[
+        int,
+        typer.Option(metavar="N", help="Least length of a match; 1 in the paper's vLLM, 2 in ours."),
+    ] = 1,
+    ngram_max: Annotated[int, typer.Option(metavar="N", help="Greatest length of a match.")] = 4,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +124,8 @@ def simulate(
             context=context,
             noise=noise,
             late=late,
+            ngram_min=ngram_min,
+            ngram_max=ngram_max,
         )
         engines.append((model.name, conditions))
     mixes = workloads(tasks)

@@ -58,6 +58,8 @@ def conditions_of(
     context: int = 1024,
     noise: float = 0.05,
     late: bool = False,
+    ngram_min: int = 1,
+    ngram_max: int = 4,
 ) -> ReplayConditions:
     """Return the engine that replay simulates: this model on this device.
 
@@ -70,6 +72,8 @@ def conditions_of(
         context: Tokens of each.
         noise: Sigma of the log-normal noise on each step's time.
         late: Whether K is decided a step early, drafts unseen.
+        ngram_min: Least length of a match; of vLLM 0.6, which the paper ran, 1 by default.
+        ngram_max: Greatest length of a match.
     """
     times = by_positions(model, setup, requests=batch, max_k=max_k, context=context)
     passes = drafting_time(drafter, setup, requests=batch, k=1, context=context)
@@ -86,6 +90,8 @@ def conditions_of(
         late=late,
         recorded=drafter.pass_ is not None,
         pass_cost=passes / times[0],
+        ngram_min=ngram_min,
+        ngram_max=ngram_max,
     )
 
 
