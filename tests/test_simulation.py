@@ -79,6 +79,18 @@ def test_the_paper_s_models_come_out_in_order() -> None:
     assert again == found
 
 
+def test_drawn_drafts_are_right_as_often_as_published() -> None:
+    (profile,) = plan.profiles_for("eagle3")
+    long = [Trace(str(i), "x", (1,), tuple(range(2000))) for i in range(10)]
+    drawn = simulation.with_drafts(long, profile)
+    right = [count for trace in drawn for count in trace.drafts if isinstance(count, int)]
+    for place, chance in enumerate(profile.survival):
+        assert sum(count > place for count in right) / len(right) == pytest.approx(chance, abs=0.02)
+    assert (
+        drawn == simulation.with_drafts(long, profile) != simulation.with_drafts(long, profile, 1)
+    )
+
+
 def test_workloads_take_equal_shares_of_tasks() -> None:
     mixed = simulation.mixed(TRACES[:6], ["code", "math"])
     assert sorted(t.task for t in mixed) == ["code"] * 2 + ["math"] * 2
@@ -106,6 +118,16 @@ def test_the_command_prints_tables_beside_the_paper_s(
     assert len(json.loads(asked.stdout)["found"]) == 14
     refused = cli("simulate", path, *options, "--drafter", "eagle3")
     assert (refused.returncode, "hold no drafts" in refused.stderr) == (2, True)
+    drawn = cli(
+        *("simulate", path, *options[:2], "--drafter", "eagle3", "--acceptance", "chat, EAGLE-3"),
+        *("--policies", "static:3,marginal", "--batch", 4, "--jobs", 1),
+    )
+    assert drawn.returncode == 0
+    assert "with 1, 2, ... drafts of each request takes" in drawn.stdout
+    wrong = cli("simulate", path, *options, "--drafter", "eagle3", "--acceptance", "chat, EAGLE")
+    assert (wrong.returncode, "did you mean 'chat, EAGLE-3'" in wrong.stderr) == (2, True)
+    none = cli("simulate", path, *options, "--acceptance", "math")
+    assert (none.returncode, "none is known of this drafter" in none.stderr) == (2, True)
     for row in rows:
         row["drafts"] = [2] * 149
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

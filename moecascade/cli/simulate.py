@@ -19,11 +19,12 @@ from rich.table import Table
 from moecascade.cli.plan import CARDS, EXPERT_PARALLEL, bits_of
 from moecascade.core import registry
 from moecascade.core.spec import split
-from moecascade.errors import ConfigError
+from moecascade.errors import ConfigError, nearest
 from moecascade.evaluation.report import paper
 from moecascade.evaluation.workloads import workloads
 from moecascade.replay import simulation
 from moecascade.replay.planning import devices, plan
+from moecascade.replay.planning.plan import Profile
 from moecascade.replay.planning.step_time import Setup
 from moecascade.replay.player import Oracle, ReplayConditions
 from moecascade.replay.simulation import Fared
@@ -53,12 +54,22 @@ def simulate(
         typer.Option(
             metavar="KIND",
             help="ngram: found in the text; eagle, eagle3, mtp, draft_model:CONFIG: those that the "
-            "traces hold, at the cost of such a drafter.",
+            "traces hold, or --acceptance, at the cost of such a drafter.",
         ),
     ] = "ngram",
+    acceptance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Let a model's drafts be right as often as published, each place on its own: "
+            "'chat, EAGLE-3' and others that 'plan' prints.",
+        ),
+    ] = None,
     ngram_min: Annotated[
         int,
-        typer.Option(metavar="N", help="Least length of a match; 1 in the paper's vLLM, 2 in ours."),
+        typer.Option(
+            metavar="N", help="Least length of a match; 1 in the paper's vLLM, 2 in ours."
+        ),
     ] = 1,
     ngram_max: Annotated[int, typer.Option(metavar="N", help="Greatest length of a match.")] = 4,
     dtype: Annotated[
@@ -92,6 +103,8 @@ def simulate(
         moecascade simulate traces.jsonl --models Qwen3-30B-A3B --device H100 --batch 16
         moecascade simulate eagle.jsonl --models Qwen3-235B-A22B --device H200 --tensor-parallel 8
             --expert-parallel --drafter eagle3 --late
+        moecascade simulate traces.jsonl --models gpt-oss-120b --device H100 --drafter eagle3
+            --acceptance 'chat, EAGLE-3' --batch 64
     """
     requests = list(trace_files.read(traces))
     tasks = list(dict.fromkeys(trace.task for trace in requests))
@@ -100,9 +113,13 @@ def simulate(
         raise ConfigError(
             f"{', '.join(map(str, traces))}: no requests, or no --policies; give both"
         )
+    max_k = MAX_K
+    if acceptance is not None:
+        profile = _profile(acceptance, drafter)
+        requests, max_k = simulation.with_drafts(requests, profile), len(profile.survival)
     for spec in specs:
         if spec != Oracle.name:
-            registry.settings_for(spec, MAX_K)
+            registry.settings_for(spec, max_k)
     engines = []
     for name in models.split(","):
         model = plan.find_model(name.strip())
@@ -113,13 +130,13 @@ def simulate(
         if chosen.pass_ is not None and any(not trace.drafts for trace in requests):
             raise ConfigError(
                 f"--drafter {drafter}: the traces hold no drafts; record them: moecascade record "
-                "--drafter eagle"
+                f"--drafter eagle; or draw them: --acceptance PROFILE{_known(drafter)}"
             )
         conditions = simulation.conditions_of(
             model,
             setup,
             chosen,
-            max_k=MAX_K,
+            max_k=max_k,
             batch=batch,
             context=context,
             noise=noise,
@@ -151,14 +168,37 @@ def simulate(
     screen.print(_summary(found, specs))
 
 
+def _profile(name: str, drafter: str) -> Profile:
+    """Return a published profile; ConfigError names those of the drafter."""
+    known = {profile.name: profile for profile in _profiles(drafter)}
+    if name not in known:
+        raise ConfigError(
+            f"unknown --acceptance {name!r} of drafter {drafter!r}{nearest(name, known)}"
+            f"{_known(drafter)}"
+        )
+    return known[name]
+
+
+def _profiles(drafter: str) -> Sequence[Profile]:
+    method = drafter.partition(":")[0]
+    return [] if method in plan.SEARCHES else plan.profiles_for(method)
+
+
+def _known(drafter: str) -> str:
+    names = ", ".join(repr(profile.name) for profile in _profiles(drafter))
+    return f"; known: {names}" if names else "; none is known of this drafter"
+
+
 def _table(
     model: str, conditions: ReplayConditions, found: Sequence[Fared], specs: Sequence[str]
 ) -> Table:
     """Return one model's workloads: speed-up over no speculation, and the worst single answer."""
-    costs = ", ".join(f"{conditions.cost(conditions.batch + k):.2f}" for k in range(1, MAX_K + 1))
+    n, ks = conditions.batch, range(1, conditions.max_k + 1)
+    costs = ", ".join(f"{conditions.cost(n * (k + 1)) / conditions.cost(n):.2f}" for k in ks)
+    each = " of each request" if n > 1 else ""
     passes = f"; a pass {conditions.pass_cost:.2f}" if conditions.pass_cost else ""
     table = Table(
-        title=f"{escape(model)}: a step with 1, 2, ... drafts takes {costs}{passes}",
+        title=f"{escape(model)}: a step with 1, 2, ... drafts{each} takes {costs}{passes}",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -187,11 +227,13 @@ def _summary(found: Sequence[Fared], specs: Sequence[str]) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("policy", no_wrap=True)
-    for name in ("mean", "worst", "paper's worst"):
+    for name in ("mean", "worst", "paper's worst", "worst answer"):
         table.add_column(name, justify="right")
     for spec in specs:
         mine = [one.speedup for one in found if one.policy == spec]
         slower = paper.SLOWER.get(spec)
         theirs = "" if slower is None else f"{1 / (1 + slower):.2f}"
-        table.add_row(escape(spec), f"{fmean(mine):.2f}", f"{min(mine):.2f}", theirs)
+        worst = min(one.worst for one in found if one.policy == spec)
+        cells = (f"{fmean(mine):.2f}", f"{min(mine):.2f}", theirs, f"{worst:.2f}")
+        table.add_row(escape(spec), *cells)
     return table

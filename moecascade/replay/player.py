@@ -326,7 +326,7 @@ def play(
     engine = _Engine(policy, conditions)
     done: list[Outcome] = []
     while waiting or engine.running:
-        while waiting and len(engine.running) < conditions.batch:
+        for _ in range(min(len(waiting), conditions.batch - len(engine.running))):
             i = waiting.pop()
             engine.begin(str(i), traces[i])
         engine.step(float(np.exp(random.normal(0, conditions.noise))))
@@ -349,6 +349,7 @@ class _Engine:
         self._conditions = conditions
         self._ahead = conditions.max_k  # tokens that the drafter makes at the end of a step
         self.running: list[_Running] = []
+        self._starting: list[_Running] = []  # their prompts are read in the step that comes
 
     def begin(self, name: str, trace: Trace) -> None:
         """Start a request: its first token comes with the prompt, as in an engine."""
@@ -360,34 +361,36 @@ class _Engine:
         )
         drafter.extend(trace.output[:1])
         policy.add(name, c.max_k, trace.prompt)
-        decided = 0
-        if c.late:  # while the step runs that reads its prompt
-            (decision,) = policy.decide([Proposal(name, unseen=self._ahead)])
-            decided = decision.k
+        request = _Running(name, drafter, Outcome(trace))
+        if c.late:
+            self._starting.append(request)
+            return
         self._look_ahead([*(r.name for r in self.running), name])
-        policy.observe(Step(None, False, (RequestStep(name, 0, 1, trace.output[:1], k=0),)))
-        self.running.append(_Running(name, drafter, Outcome(trace), decided=decided))
+        self._read_prompt(request)
+        self.running.append(request)
+
+    def _read_prompt(self, request: _Running) -> None:
+        first = request.outcome.trace.output[:1]
+        self._policy.observe(Step(None, False, (RequestStep(request.name, 0, 1, first, k=0),)))
 
     def step(self, noise: float) -> None:
         """Decide, verify, emit, draft, count, and show the policy what came of it."""
+        if self._starting and not self.running:  # a step that only reads prompts
+            self._decide_early()
+            self._look_ahead([r.name for r in self._starting])
+            self._join()
         c, running, policy = self._conditions, self.running, self._policy
         n, drafted = len(running), self._ahead
         drafts = [r.drafter.propose()[: r.left - 1] for r in running]
         if c.late:
             ks = [r.decided for r in running]
-            room = [min(drafted, max(0, r.left - 2)) for r in running]
-            proposals = [Proposal(r.name, unseen=k) for r, k in zip(running, room, strict=True)]
+            self._decide_early()
         else:
             proposals = [
                 Proposal(r.name, draft[:drafted]) for r, draft in zip(running, drafts, strict=True)
             ]
-        decisions = policy.decide(proposals)
-        if c.late:  # about the step after this one
-            for r, decision, most in zip(running, decisions, room, strict=True):
-                r.decided = min(decision.k, most)
-        else:
-            ks = [min(decision.k, drafted) for decision in decisions]
-        self._look_ahead([r.name for r in running])
+            ks = [min(decision.k, drafted) for decision in policy.decide(proposals)]
+        self._look_ahead([r.name for r in (*running, *self._starting)])
         made = drafted if c.late else self._ahead  # at the end of this step
         drafts = [draft[:k] for draft, k in zip(drafts, ks, strict=True)]
         verified = [
@@ -404,6 +407,24 @@ class _Engine:
             parts.append(RequestStep(r.name, paid, len(tokens), tokens, k if c.late else None))
         passes = max(0, made - 1) if c.recorded else 0
         policy.observe(Step(time * BASE_SECONDS, True, tuple(parts), passes))
+        self._join()
+
+    def _decide_early(self) -> None:
+        """Decide about the step after the one that comes, of which only the K are known."""
+        asked = [(r, r.left - 2) for r in self.running]  # a token of this step, one of that
+        asked += [(r, r.left - 1) for r in self._starting]
+        room = [min(self._ahead, max(0, most)) for _, most in asked]
+        proposals = [Proposal(r.name, unseen=k) for (r, _), k in zip(asked, room, strict=True)]
+        decisions = self._policy.decide(proposals)
+        for (r, _), decision, most in zip(asked, decisions, room, strict=True):
+            r.decided = min(decision.k, most)
+
+    def _join(self) -> None:
+        """Let the requests whose prompts were read take part from now on."""
+        for request in self._starting:
+            self._read_prompt(request)
+        self.running += self._starting
+        self._starting = []
 
     def ended(self) -> list[Outcome]:
         """Let the requests go that have ended, and return what happened to them."""

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
+import numpy as np
+
 from moecascade.errors import ConfigError
 from moecascade.replay.planning.architecture import Model
+from moecascade.replay.planning.plan import Profile
 from moecascade.replay.planning.step_time import Drafter, Setup, by_positions, drafting_time
 from moecascade.replay.player import ReplayConditions, play, summarise
 from moecascade.telemetry.traces import Trace
@@ -139,6 +142,21 @@ def simulate(
                 found[running[done]] = done.result()
                 tell()
     return [found[i] for i in range(len(asked))]
+
+
+def with_drafts(traces: Sequence[Trace], profile: Profile, seed: int = 0) -> list[Trace]:
+    """Return traces with drafts that are right as often as published, each place on its own.
+
+    Real drafts are right and wrong in stretches, which policies can tell apart; these are not.
+    """
+    survival = np.array(profile.survival)
+    random = np.random.default_rng(seed)
+    drawn = []
+    for trace in traces:
+        luck = random.random(len(trace.output))
+        right = (luck[:, None] < profile.found * survival).sum(axis=1)
+        drawn.append(replace(trace, drafts=tuple(map(int, right))))
+    return drawn
 
 
 def mixed(traces: Sequence[Trace], tasks: Sequence[str]) -> list[Trace]:
