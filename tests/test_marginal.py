@@ -184,6 +184,23 @@ def test_a_draft_is_shortened_to_what_the_request_could_bear_to_lose(requests: i
     assert policy._own.limits(["r"], [0], requests, costs) == [0]
 
 
+def test_an_unlucky_request_is_not_left_out_where_the_batch_gains() -> None:
+    """Alone it would stop; beside one that gains it goes on, beside one as unlucky it does not."""
+    policy = made(most_lost=0.03)
+    costs: Array = 1.0 + 0.2 * np.arange(9.0, dtype=np.float64)
+
+    def fared(name: str, lost: float) -> None:
+        policy.add(name, 8)
+        policy._own._accounts[name].lost = lost
+
+    fared("unlucky", 4.0)
+    fared("lucky", -20.0)
+    fared("as unlucky", 4.0)
+    assert policy._own.limits(["unlucky"], [8], 1, costs) == [0]
+    assert policy._own.limits(["unlucky", "lucky"], [8, 8], 2, costs) == [8, 8]
+    assert policy._own.limits(["unlucky", "as unlucky"], [8, 8], 2, costs) == [0, 0]
+
+
 def test_passes_are_charged_to_requests_that_had_no_draft_verified() -> None:
     policy = made()
     for name in "ab":

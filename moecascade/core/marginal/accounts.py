@@ -126,13 +126,18 @@ class OwnAccounts:
     ) -> Sequence[int]:
         """Return how long drafts may be that requests could bear to lose.
 
-        Each as if it were alone in drafting: then its draft costs it most.
+        Each as if it were alone in drafting: then its draft costs it most. But a request whose
+        account is exhausted goes on where those of the batch on the whole are not: others draft on
+        and delay it, and without drafts of its own it would have nothing for that.
         """
         limits = list(lengths)
-        for row, name in enumerate(request_ids):
-            account = self._accounts[name]
-            may = self._most_lost * max(SHORTEST, account.tokens) - account.lost
-            bearable = 1.0 + may / requests
+        left = [
+            self._most_lost * max(SHORTEST, account.tokens) - account.lost
+            for account in [self._accounts[name] for name in request_ids]
+        ]
+        least = sum(left) / max(1, len(left))
+        for row, may in enumerate(left):
+            bearable = 1.0 + max(may, least) / requests
             while limits[row] and costs.item(limits[row]) > bearable:
                 limits[row] -= 1
         return limits
