@@ -72,6 +72,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core": ("test_spec", "test_controller", "test_baselines", "test_cascade_rules", "test_http"),
 }
 
+COMPILED = "numba.njit"  # of modules that are compiled, and kept on disk by their date alone
+
 # What takes minutes and tells least: a comparison over many seeds, with room for noise.
 LEFT_OUT = "not as_well_as_by_the_best_static_k"
 
@@ -268,6 +270,8 @@ def start(mutant: Mutant | None, tests: Sequence[str], root: Path, seconds: int)
         output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        if mutant is None or COMPILED in mutant.source:  # what was compiled is not this
+            os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(dir=root)
         if mutant is not None:
             sys.meta_path.insert(0, _Finder(mutant, root))
         import pytest
