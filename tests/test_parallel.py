@@ -20,6 +20,7 @@ from moecascade.serving import command, server
 from moecascade.serving.server import Server
 from moecascade.telemetry import step_log
 from moecascade.telemetry.metrics import PREFIX
+from moecascade.vllm import compat
 from tests import matrix
 
 pytestmark = pytest.mark.engine
@@ -51,6 +52,9 @@ def served(
     """A server's address, its step log, and the numbers of its engines."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE"):
         monkeypatch.delenv(name, raising=False)
+    several = request.param == "data"
+    if several:
+        call_it_vllm(tmp_path / "site", monkeypatch)
     log = tmp_path / "steps.jsonl"
     drafter = {"method": "ngram", "num_speculative_tokens": matrix.MAX_K, **matrix.NGRAM}
     planned = command.plan(
@@ -67,7 +71,24 @@ def served(
     )
     with Server(planned, tmp_path / "server.log") as running:
         running.wait_ready(600)
-        yield running.launch.url, log, ["0", "1"] if request.param == "data" else ["0"]
+        assert ("ApiServer_1" in (tmp_path / "server.log").read_text()) == several
+        yield running.launch.url, log, ["0", "1"] if several else ["0"]
+
+
+def call_it_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU build go by the name of ``vllm``: then its command starts, and an API server more.
+
+    ``vllm serve`` runs as many API servers as ranks, which the module behind it does not.
+    """
+    _, version = compat.installed_version() or ("", "")
+    known = folder / f"vllm-{version}+cpu.dist-info"  # that is how vLLM knows what it was built for
+    known.mkdir(parents=True)
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (known / "METADATA").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    )
 
 
 def test_answers_are_those_of_one_engine(
@@ -100,6 +121,6 @@ def test_answers_are_those_of_one_engine(
         for sample in family.samples:
             if sample.name == f"{PREFIX}tokens_emitted_total":
                 emitted[sample.labels["engine"]] += int(sample.value)
-    assert sorted(emitted) == engines  # each of them answers whichever server is asked
+    assert sorted(emitted) == engines  # each of them answers, whichever API server asks
     assert emitted.total() == REQUESTS * matrix.LENGTH
     assert min(emitted.values()) > 0
