@@ -21,6 +21,7 @@ import pytest
 
 from moecascade.cli import app
 from tests.matrix_runs import Runs
+from tests.soak_run import Soak
 
 # A slow machine is no failure, and a first call may compile or import. The same examples each
 # time: what chance finds must not fail somebody else's change. HYPOTHESIS_PROFILE=explore looks on.
@@ -44,7 +45,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 TINY = pytest.StashKey[Path]()
-MATRIX = pytest.StashKey["Runs"]()
+MATRIX = pytest.StashKey[Runs]()
+SOAK = pytest.StashKey[Soak]()
 
 MAX_K = 8
 MAX_LEN = 512
@@ -218,16 +220,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what takes minutes and needs one core only, before the tests that ask for it."""
     if session.config.option.collectonly:
         return
-    if any(item.path.stem == "test_matrix" for item in session.items):
+    chosen = {item.path.stem for item in session.items}
+    runs = None
+    if "test_matrix" in chosen:
         models = _tiny_models(session.config)
         session.config.stash[MATRIX] = runs = Runs(models, models.parent)
         session.config.add_cleanup(runs.end)
+    if "test_soak" in chosen:
+        models = _tiny_models(session.config)
+        session.config.stash[SOAK] = soak = Soak(models, models.parent, after=runs)
+        session.config.add_cleanup(soak.end)
 
 
 @pytest.fixture(scope="session")
 def matrix_runs(pytestconfig: pytest.Config) -> Runs:
     """The engines of `tests.matrix`, which have been at work since tests were collected."""
     return pytestconfig.stash[MATRIX]
+
+
+@pytest.fixture(scope="session")
+def soak_run(pytestconfig: pytest.Config) -> Soak:
+    """The soak, which has been at work since the matrix was done."""
+    return pytestconfig.stash[SOAK]
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,16 @@ class Runs:
                     command, stdout=out, stderr=log, text=True, cwd=ROOT, env=environment
                 )
 
+    def done(self) -> None:
+        """Wait until all have ended."""
+        for process in self._running.values():
+            process.wait(timeout=3000)
+
     def wait(self) -> dict[str, Any]:
         """Return what the engines did, by case, once all have ended."""
+        self.done()
         found: dict[str, Any] = {}
-        for name, process in self._running.items():
-            process.wait(timeout=3000)
+        for name in self._running:
             for line in (self._logs / f"{name}.json").read_text().splitlines():
                 if line.startswith("{"):
                     case = json.loads(line)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -62,22 +59,3 @@ def test_the_image_is_made_of_what_a_clone_has():
         for source in sources:
             assert (ROOT / source).exists(), source
     assert 'ENTRYPOINT ["moecascade", "serve"]' in text
-
-
-@pytest.mark.engine
-def test_a_soak_of_some_minutes_leaves_all_as_it_should_be(tiny_models: Path):
-    minutes = "3" if os.environ.get("CI") else "1"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/soak.py", "--minutes", minutes, "--model",
-         str(tiny_models / "target")],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    sent = re.search(r"requests sent\W+(\d+)", done.stdout)
-    assert sent
-    assert int(sent[1]) > 100
