@@ -20,8 +20,8 @@ import hypothesis
 import pytest
 
 from moecascade.cli import app
+from tests.beside import Awaited, Beside
 from tests.matrix_runs import Runs
-from tests.soak_run import Soak
 
 # A slow machine is no failure, and a first call may compile or import. The same examples each
 # time: what chance finds must not fail somebody else's change. HYPOTHESIS_PROFILE=explore looks on.
@@ -46,7 +46,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 TINY = pytest.StashKey[Path]()
 MATRIX = pytest.StashKey[Runs]()
-SOAK = pytest.StashKey[Soak]()
+BENCH_GPU = pytest.StashKey[Beside]()
+SOAK = pytest.StashKey[Beside]()
 
 MAX_K = 8
 MAX_LEN = 512
@@ -220,16 +221,35 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what takes minutes and needs one core only, before the tests that ask for it."""
     if session.config.option.collectonly:
         return
-    chosen = {item.path.stem for item in session.items}
-    runs = None
-    if "test_matrix" in chosen:
+    stems = {item.path.stem for item in session.items}
+    stash, keep = session.config.stash, session.config.add_cleanup
+    before: Awaited | None = None
+    if "test_matrix" in stems:
         models = _tiny_models(session.config)
-        session.config.stash[MATRIX] = runs = Runs(models, models.parent)
-        session.config.add_cleanup(runs.end)
-    if "test_soak" in chosen:
+        before = stash[MATRIX] = runs = Runs(models, models.parent)
+        keep(runs.end)
+    if "test_bench_gpu" in stems:
+        folder = _tiny_models(session.config).parent / "bench-gpu"
+        command = ["benchmarks/gpu/run.py", "--tiny", "--out", str(folder / "results")]
+        before = stash[BENCH_GPU] = beside = Beside(command, folder, before)
+        keep(beside.end)
+    if "test_soak" in stems:
         models = _tiny_models(session.config)
-        session.config.stash[SOAK] = soak = Soak(models, models.parent, after=runs)
-        session.config.add_cleanup(soak.end)
+        command = ["benchmarks/soak.py", "--model", str(models / "target")]
+        command += ["--minutes", "3" if os.environ.get("CI") else "1"]
+        before = stash[SOAK] = beside = Beside(command, models.parent / "soak", before)
+        keep(beside.end)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ask last about what runs beside: it takes longest."""
+    order = ("matrix_runs", "bench_gpu_run", "soak_run")
+
+    def place(item: pytest.Item) -> int:
+        asked = getattr(item, "fixturenames", ())
+        return max((order.index(name) + 1 for name in asked if name in order), default=0)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -239,8 +259,14 @@ def matrix_runs(pytestconfig: pytest.Config) -> Runs:
 
 
 @pytest.fixture(scope="session")
-def soak_run(pytestconfig: pytest.Config) -> Soak:
-    """The soak, which has been at work since the matrix was done."""
+def bench_gpu_run(pytestconfig: pytest.Config) -> tuple[Beside, Path]:
+    """The small run of `make bench-gpu`, at work since the matrix was done, and its results."""
+    return pytestconfig.stash[BENCH_GPU], _tiny_models(pytestconfig).parent / "bench-gpu/results"
+
+
+@pytest.fixture(scope="session")
+def soak_run(pytestconfig: pytest.Config) -> Beside:
+    """The soak, which comes after that."""
     return pytestconfig.stash[SOAK]
 
 

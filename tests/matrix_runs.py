@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import tiny
+from tests.beside import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = (("first",), ("second", "sync"), ("second", "async"))
 
 

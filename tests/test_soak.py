@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from tests.soak_run import Soak
+from tests.beside import Beside
 
 
 @pytest.mark.engine
-def test_a_soak_of_some_minutes_leaves_all_as_it_should_be(soak_run: Soak):
+def test_a_soak_of_some_minutes_leaves_all_as_it_should_be(soak_run: Beside):
     status, said = soak_run.wait()
     print(said)
     assert status == 0, said[-5000:]
