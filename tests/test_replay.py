@@ -270,8 +270,7 @@ def recorded(right: Sequence[int], length: int = 400, counts: bool = False) -> T
     return Trace("r", "model", (0,), output, tuple(drafts))
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize(("late", "counts"), [(False, False), (True, False), (True, True)])
 def test_recorded_drafts_cost_a_pass_a_token(late: bool, counts: bool) -> None:
     traces = [recorded([8], counts=counts)]
     conditions = ReplayConditions(MIXTRAL_LIKE, recorded=True, pass_cost=0.1, late=late)
@@ -280,6 +279,12 @@ def test_recorded_drafts_cost_a_pass_a_token(late: bool, counts: bool) -> None:
         expected = (k + 1) * 1.1 / (MIXTRAL_LIKE[k] + 0.1 * k)
         assert found.speedup == pytest.approx(expected, rel=0.06)
     assert summarise(play(traces, "off", conditions)).speedup == 1.0
+
+
+def test_drafts_of_which_only_a_count_is_known_cannot_be_seen() -> None:
+    conditions = ReplayConditions(MIXTRAL_LIKE, recorded=True)
+    with pytest.raises(ConfigError, match="replay with --late"):
+        play([recorded([3], counts=True)], "marginal", conditions)
 
 
 def test_wrong_drafts_are_paid_for() -> None:
@@ -312,7 +317,7 @@ def test_the_oracle_knows_recorded_drafts_and_what_passes_cost(batch: int) -> No
 
 
 def test_places_without_a_draft_go_on_without(tmp_path: Path) -> None:
-    trace = Trace("r", "t", (0,), tuple(range(1, 50)), ((2, 3), (), 3))
+    trace = Trace("r", "t", (0,), tuple(range(1, 50)), ((2, 3), (), (5,)))
     (outcome,) = play([trace], "static:4", ReplayConditions(FREE, recorded=True))
     # Two right of the first; with four tokens out there is none any more.
     assert (outcome.tokens, outcome.drafted) == (48, 2)
@@ -372,8 +377,12 @@ def test_a_model_drafter_that_collapses_is_left_alone_and_taken_up_again(
         return n
 
     cuts = [0, 1500, 2500, 5000]
-    output = tuple(range(1, cuts[-1] + 1))
-    drafts = [draft(good=not cuts[1] <= at < cuts[2]) for at in range(cuts[-1])]
+    vocabulary = range(1000)  # so that a token tells nothing of whether it is right
+    output = tuple(rng.choices(vocabulary, k=cuts[-1]))
+    drafts = []
+    for out in range(1, cuts[-1]):
+        n = draft(good=not cuts[1] <= out < cuts[2])
+        drafts.append((*output[out : out + n], *rng.choices(vocabulary, k=8 - n)))
     conditions = ReplayConditions(
         MIXTRAL_LIKE, noise=0.05, seed=seed, recorded=True, pass_cost=0.05, late=late
     )

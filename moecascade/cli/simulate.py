@@ -62,7 +62,7 @@ def simulate(
         typer.Option(
             metavar="PROFILE",
             help="Let a model's drafts be right as often as published, each place on its own: "
-            "'chat, EAGLE-3' and others that 'plan' prints.",
+            "'chat, EAGLE-3' and others that 'plan' prints. Implies --late.",
         ),
     ] = None,
     ngram_min: Annotated[
@@ -117,6 +117,7 @@ def simulate(
     if acceptance is not None:
         profile = _profile(acceptance, drafter)
         requests, max_k = simulation.with_drafts(requests, profile), len(profile.survival)
+        late = True  # nobody can see drafts that have no tokens
     for spec in specs:
         if spec != Oracle.name:
             registry.settings_for(spec, max_k)

@@ -320,6 +320,11 @@ def play(
         policy = make(policy, traces, conditions, options)
     if isinstance(policy, Oracle):
         conditions = replace(conditions, late=False)
+    elif conditions.recorded and not conditions.late and any(map(_counted, traces)):
+        raise ConfigError(
+            "the traces say how many tokens of a draft were right, not which tokens it had, so no "
+            "policy can see them: replay with --late"
+        )
     random = np.random.default_rng(conditions.seed)
     waiting = [int(i) for i in random.permutation(len(traces)) if len(traces[i].output) > 1]
     waiting.reverse()
@@ -334,6 +339,10 @@ def play(
             done.append(outcome)
             tell(outcome.tokens)
     return done
+
+
+def _counted(trace: Trace) -> bool:
+    return any(isinstance(draft, int) for draft in trace.drafts)
 
 
 class _Engine:
