@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -195,6 +197,37 @@ def test_an_engine_that_cannot_be_asked_is_left_out_and_a_bad_question_answered_
         engine.close()
     time.sleep(0.05)
     assert link.ask(7, {"by": 1}) is None
+
+
+def test_a_link_closes_whenever_it_is_asked_to():
+    """Also in the moment in which it has answered somebody and waits for nobody yet."""
+    for _ in range(200):
+        engine = link.Link(7, lambda question: question)
+        assert link.ask(7, {"a": 1}) == {"a": 1}
+        engine.close()
+    assert link.ask(7, {}) is None
+
+
+def test_an_engine_that_stands_still_keeps_nobody_waiting():
+    """Its socket takes callers, as a stopped process's does, and nobody answers them."""
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(link.address(7))
+        silent.listen(4)
+        asker = threading.Thread(target=link.ask, args=(7, {}))
+        asker.start()
+        asker.join(10 * link.PATIENCE)
+        assert not asker.is_alive()
+
+
+def test_somebody_who_calls_and_says_nothing_keeps_the_others_waiting_for_a_moment_only():
+    engine = link.Link(7, lambda question: question)
+    try:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(link.address(7))
+            answers = [link.ask(7, {"a": 1}) for _ in range(3)]
+        assert answers[-1] == {"a": 1}
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize(
