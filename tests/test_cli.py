@@ -273,6 +273,24 @@ def test_model_drafters_are_served_as_vllm_serves_them(
         assert ("--no-async-scheduling" in planned.command) == switch, policy
 
 
+@pytest.mark.parametrize(
+    ("flags", "shortest"),
+    [
+        ([], 1),
+        (["--policy", "marginal[most_lost=0.05]"], 1),
+        (["--policy", "static:2"], 2),
+        (["--policy", "cascade"], 2),
+        (["--async-scheduling"], 2),  # it does not see which drafts are good
+    ],
+)
+def test_the_default_drafter_is_bold_where_marginal_sees_its_drafts(
+    flags: list[str], shortest: int, folder: str, cli: Callable[..., Answer]
+):
+    words = shlex.split(cli("serve", folder, *flags, "--dry-run").stdout)
+    drafter = json.loads(words[words.index("--speculative-config") + 1])
+    assert (drafter["prompt_lookup_min"], drafter["prompt_lookup_max"]) == (shortest, 4)
+
+
 EAGLE = {"method": "eagle3", "model": "m", "num_speculative_tokens": 5}
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from moecascade.cli.numbers import numbers
+from moecascade.core.options import ServerOptions
+from moecascade.core.spec import parse
 from moecascade.errors import ConfigError
 from moecascade.localmodel.locate import find_model
 from moecascade.serving import command, server
@@ -92,6 +94,7 @@ def serve(
         live_page=live_page,
         local_name=local_name,
         ladder=None if ladder is None else numbers("--ladder", ladder, int),
+        bold=policy is None or parse(policy).name == ServerOptions().policy,
     )
     if dry_run:
         print(planned)

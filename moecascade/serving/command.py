@@ -32,6 +32,10 @@ DRAFTER: dict[str, Any] = {
 }
 """Speculative decoding where the user asks for none: copies from prompt and output, at most 8."""
 
+BOLD = {"prompt_lookup_min": 1}
+"""What is copied after a single token is seldom right. Fixed draft lengths lose by it; `marginal`,
+which sees which drafts are good, gains (docs/policies.md)."""
+
 LADDER = (0, 1, 2, 3, 5, 8)
 """Draft lengths for which vLLM captures whole CUDA graphs, beside the drafter's longest: each takes
 time at start and memory."""
@@ -88,6 +92,7 @@ def plan(
     live_page: bool = False,
     local_name: str | None = None,
     ladder: Sequence[int] | None = None,
+    bold: bool = False,
 ) -> Launch:
     """Return how to serve `model` with the plugin on.
 
@@ -103,6 +108,7 @@ def plan(
         local_name: The name of our local model that lives in the folder `model`, if it is one.
         ladder: Draft lengths for which vLLM is to capture whole CUDA graphs, none for its own
             choice; None for `LADDER` where there are such graphs.
+        bold: Whether the default drafter is to be `BOLD`, where policies see its drafts.
 
     Raises:
         ConfigError: An unknown policy or key, K out of range, options that contradict each other.
@@ -120,7 +126,8 @@ def plan(
             ours += ["--speculative-config", to_json({**drafter_of(flags), **table})]
             arguments = _without(arguments, "speculative-config")
     else:
-        ours += ["--speculative-config", to_json({**_drafter(max_k), **table})]
+        drafter = _drafter(max_k) | (BOLD if bold and not _asynchronous(arguments) else {})
+        ours += ["--speculative-config", to_json({**drafter, **table})]
     is_ours = flags.value("scheduler-cls", SCHEDULER) == SCHEDULER
     if is_ours:
         _check_supported(flags)
