@@ -288,7 +288,7 @@ def test_a_fixed_k_gains_where_its_drafts_give_more_than_they_cost(profile: plan
         if choice.k and gain is not None and tokens is not None:
             assert (gain > 1.0) == (tokens > choice.cost)
             seen.add(gain > 1.0)
-    assert True in seen
+    assert any(seen)  # it pays somewhere
 
 
 @pytest.mark.parametrize(

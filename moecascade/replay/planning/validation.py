@@ -42,7 +42,7 @@ class Point:
         cost: Time of a step with drafts over one without.
         how: How that follows from what was published.
         overlap: Whether the engine's host works ahead of the device while it drafts. vLLM's does;
-            SGLang's did not until 2026, and not with trees.
+            SGLang's only where that is asked for, which no source here says, and not with trees.
     """
 
     id: str
