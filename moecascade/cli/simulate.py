@@ -68,7 +68,7 @@ def simulate(
     ngram_min: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Least length of a match; 1 in the paper's vLLM, 2 in ours."
+            metavar="N", help="Least length of a match; by default that of the paper's vLLM."
         ),
     ] = 1,
     ngram_max: Annotated[int, typer.Option(metavar="N", help="Greatest length of a match.")] = 4,
